@@ -1,0 +1,5 @@
+"""kvist: git for KV caches."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

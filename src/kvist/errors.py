@@ -1,0 +1,164 @@
+"""Every error kvist raises on purpose, as one tree.
+
+    KvistError
+    ├── InvalidInput            the caller's argument cannot be right
+    │   ├── InvalidName         a ref, sequence or object name that is not allowed
+    │   └── InvalidManifest     bytes that are not a canonical or known manifest, snapshot or config
+    ├── NotFound                the named thing is not there
+    │   └── RepositoryNotFound
+    ├── AlreadyExists           create-only, and it is there
+    ├── Conflict                somebody else changed it first, or holds it
+    │   └── Locked
+    ├── LayoutMismatch          pages of one layout offered to an engine of another
+    ├── IntegrityError          stored bytes are not what their name says
+    │   ├── DamagedPage
+    │   ├── MissingPage
+    │   └── DamagedObject
+    ├── StoreError              the storage below refused
+    │   └── StoreFull
+    └── EngineError             the engine cannot do it now, or at all
+        ├── PoolExhausted
+        └── UnsupportedModel
+
+Handlers match on the class; programs that read our output match on ``kind``, whose values never change meaning.
+The message says what was expected and what came; ``hint`` is the command that mends it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KvistError(Exception):
+    """Root of the tree.
+
+    Attributes:
+        kind: stable identifier for programs, e.g. ``"damaged_page"``.
+        exit_code: what the command line returns for it.
+        hint: a command or act that mends it, or ``None``.
+    """
+
+    kind: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InvalidInput(KvistError):
+    """An argument that cannot be right whatever the state."""
+
+    kind = "invalid_input"
+    exit_code = 2
+
+
+class InvalidName(InvalidInput):
+    """A ref, sequence or object name that is not allowed."""
+
+    kind = "invalid_name"
+
+
+class InvalidManifest(InvalidInput):
+    """Bytes that are not a manifest, snapshot or repository config we can trust."""
+
+    kind = "invalid_manifest"
+    exit_code = 20
+
+
+class NotFound(KvistError):
+    """The named thing does not exist."""
+
+    kind = "not_found"
+    exit_code = 4
+
+
+class RepositoryNotFound(NotFound):
+    """The store holds no kvist repository."""
+
+    kind = "repository_not_found"
+    exit_code = 10
+
+
+class AlreadyExists(KvistError):
+    """A create-only write met an existing object."""
+
+    kind = "already_exists"
+    exit_code = 5
+
+
+class Conflict(KvistError):
+    """Another writer was first; read again and retry."""
+
+    kind = "conflict"
+    exit_code = 11
+
+
+class Locked(Conflict):
+    """Another process holds what this operation needs alone."""
+
+    kind = "locked"
+
+
+class LayoutMismatch(KvistError):
+    """Pages made under one layout were offered to an engine with another."""
+
+    kind = "layout_mismatch"
+    exit_code = 12
+
+
+class IntegrityError(KvistError):
+    """Stored bytes are not what their name promises."""
+
+    kind = "integrity"
+    exit_code = 20
+
+
+class DamagedPage(IntegrityError):
+    """A page whose bytes do not hash to its digest; the next put of the same content heals it."""
+
+    kind = "damaged_page"
+
+
+class MissingPage(IntegrityError):
+    """A page that a manifest names and no segment holds."""
+
+    kind = "missing_page"
+
+
+class DamagedObject(IntegrityError):
+    """A manifest, snapshot or segment whose bytes do not hash to its name."""
+
+    kind = "damaged_object"
+
+
+class StoreError(KvistError):
+    """The storage below refused an operation."""
+
+    kind = "store"
+    exit_code = 30
+
+
+class StoreFull(StoreError):
+    """No space is left (or a quota is reached); nothing half-written stays visible."""
+
+    kind = "store_full"
+
+
+class EngineError(KvistError):
+    """The engine cannot do what was asked."""
+
+    kind = "engine"
+    exit_code = 40
+
+
+class PoolExhausted(EngineError):
+    """The engine's pool has too few free slots; retry when sequences have ended."""
+
+    kind = "pool_exhausted"
+
+
+class UnsupportedModel(EngineError):
+    """A model whose cache this engine cannot page; it is named, never approximated."""
+
+    kind = "unsupported_model"

@@ -1,0 +1,57 @@
+"""Hashing: page digests and block hashes. Knows algorithms; knows nothing of where bytes lie."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from blake3 import blake3
+
+Buffer = bytes | bytearray | memoryview
+
+
+def _sha256(data: Buffer) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _blake3(data: Buffer) -> bytes:
+    return blake3(data).digest()
+
+
+DIGESTS: Final[dict[str, Callable[[Buffer], bytes]]] = {"blake3": _blake3, "sha256": _sha256}
+"""Digest functions by algorithm name. Both release the GIL on buffers of more than 2 KiB."""
+
+
+def sha256_cid(data: Buffer) -> str:
+    """The cid of an object: ``sha256:<hex>`` of its bytes."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def block_root(salt: str = "") -> bytes:
+    """The parent of a sequence's first block. ``salt`` keeps tenants, adapters or snapshots apart."""
+    return blake3(b"kvist block v1\0" + salt.encode()).digest()
+
+
+def extend_block_hashes(hashes: list[bytes], token_ids: Sequence[int], size: int, *, salt: str = "") -> None:
+    """Append to ``hashes`` the hash of every full block of ``token_ids`` that it does not hold yet.
+
+    A block hash is ``blake3(parent hash, the block's ids as little-endian u32)``: it names the tokens of the block
+    *and of all before it*, so equal hashes mean equal prefixes.
+
+    Args:
+        hashes: hashes of the first ``len(hashes)`` blocks of the same ids; changed in place.
+        token_ids: the whole sequence; a partly filled last block gets no hash.
+        size: tokens a block.
+        salt: see `block_root`; the same for every call on one sequence.
+    """
+    parent = hashes[-1] if hashes else block_root(salt)
+    for start in range(len(hashes) * size, len(token_ids) - size + 1, size):
+        parent = blake3(parent + _u32(token_ids[start : start + size])).digest()
+        hashes.append(parent)
+
+
+def _u32(token_ids: Sequence[int]) -> bytes:
+    words = array("I", token_ids)
+    return words.tobytes()

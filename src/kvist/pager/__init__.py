@@ -1,0 +1,7 @@
+"""Pager: moves pages between an engine's memory and a repository, through the `CachePager` contract."""
+
+from __future__ import annotations
+
+from kvist.pager.base import CachePager, LogicalSeq, PageBytes
+
+__all__ = ["CachePager", "LogicalSeq", "PageBytes"]

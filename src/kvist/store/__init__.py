@@ -1,0 +1,1 @@
+"""Store: keys to bytes. Knows nothing of KV."""
