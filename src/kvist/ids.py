@@ -69,8 +69,8 @@ def check_name(name: object) -> str:
                 f"name {name!r} has the segment {segment!r}; a segment starts with a letter or digit and "
                 "goes on with letters, digits and '._+@-'"
             )
-        if segment.endswith((".lock", ".tmp")):
-            raise InvalidName(f"name {name!r} ends a segment in '.lock' or '.tmp', which are reserved")
+        if segment.endswith((".ref", ".lock", ".tmp")):
+            raise InvalidName(f"name {name!r} ends a segment in '.ref', '.lock' or '.tmp', which are reserved")
     if re.fullmatch(r"[0-9a-f]{64}", name):
         raise InvalidName(f"name {name!r} looks like a digest and would shadow one")
     return name

@@ -16,6 +16,8 @@ DTYPE_BYTES: Final = {"bf16": 2, "f16": 2, "f32": 4, "fp8e4m3": 1}
 MEMORY_ORDERS: Final = ("LNHD", "LHND")
 """Order of the axes in one page half: Layers, tokens (N), KV Heads, head Dimension."""
 
+_LEAST: Final = {"page_size_tokens": 1, "n_layers": 0, "n_heads": 0, "head_dim": 0, "tp_size": 1}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -23,6 +25,7 @@ class Layout:
 
     The first five fields are those of `paged-batchinvariant-v1`; ``n_heads`` counts **KV** heads, since only that
     makes the page size right under grouped-query attention. The others are what the original format left out.
+    Zero layers, heads or dimensions describe an engine without a cache: such a layout has no pages.
 
     Attributes:
         page_size_tokens: tokens in a page.
@@ -49,10 +52,13 @@ class Layout:
     tp_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("page_size_tokens", "n_layers", "n_heads", "head_dim", "tp_size"):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if type(value) is not int or not 0 < value < 2**32:
-                raise InvalidInput(f"layout {name} must be a positive 32-bit integer, got {value!r}")
+            if type(value) is not int or not least <= value < 2**32:
+                raise InvalidInput(f"layout {name} must be an integer in [{least}, 2^32), got {value!r:.80}")
+        for name in ("model", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise InvalidInput(f"layout {name} must be text or null, got {getattr(self, name)!r:.80}")
         if type(self.tp_rank) is not int or not 0 <= self.tp_rank < self.tp_size:
             raise InvalidInput(f"layout tp_rank must be in [0, {self.tp_size}), got {self.tp_rank!r}")
         if self.dtype not in DTYPE_BYTES:

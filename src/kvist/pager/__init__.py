@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from kvist.pager.base import CachePager, LogicalSeq, PageBytes
+from kvist.pager.base import CachePager, PageBytes
+from kvist.repo.manifest import LogicalSeq
 
 __all__ = ["CachePager", "LogicalSeq", "PageBytes"]

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from kvist.layout import Layout
+from kvist.repo.manifest import LogicalSeq
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,33 +23,6 @@ class PageBytes:
 
     k: bytes | memoryview
     v: bytes | memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class LogicalSeq:
-    """One live sequence: its token positions mapped onto slots.
-
-    Attributes:
-        id: stable identifier; unique within an engine; a name by `kvist.ids.check_name`.
-        page_ixs: slots in token order. Two sequences may name the same slot (a shared prefix).
-        fill_in_last_page: tokens in the last page whose KV is computed; 0 means it is full.
-        token_ids: ids of the sequence, or ``()`` where the engine does not know them. May be *longer* than the
-            cached tokens: ids that are sampled but not yet computed come last.
-        state: what else the engine needs to go on (sampling parameters, generator state, prompt length), a
-            JSON-serialisable mapping that only the engine interprets.
-    """
-
-    id: str
-    page_ixs: tuple[int, ...]
-    fill_in_last_page: int = 0
-    token_ids: tuple[int, ...] = ()
-    state: dict[str, Any] = field(default_factory=dict)
-
-    def cached_tokens(self, page_size_tokens: int) -> int:
-        """Tokens whose KV the pages hold."""
-        if not self.page_ixs:
-            return 0
-        return (len(self.page_ixs) - 1) * page_size_tokens + (self.fill_in_last_page or page_size_tokens)
 
 
 class CachePager(ABC):

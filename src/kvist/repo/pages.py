@@ -1,0 +1,419 @@
+"""Pages: content-addressed page halves, packed into segments; every read verified, every content stored once.
+
+Knows digests and segments. Must not know manifests, snapshots or refs: which pages are needed is not its business.
+
+The index (digest to place) lives in memory and is rebuilt from the segments' own; nothing on disk caches it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from kvist.errors import DamagedObject, DamagedPage, IntegrityError, InvalidInput, MissingPage, NotFound, StoreError
+from kvist.hashing import DIGESTS, Buffer
+from kvist.ids import format_digest, parse_digest
+from kvist.repo import segment as segments
+from kvist.repo.segment import Segment
+from kvist.store import ObjectWriter, Range, Store
+
+DAMAGE: Final = "damaged/"
+SEGMENT_BYTES: Final = 1 << 30
+"""A batch starts a new segment when the current one holds this many bytes of pages."""
+_WINDOW: Final = 2 << 20
+"""Bytes a worker reads or hashes at a time: small enough that the second pass finds them in the cache."""
+_THREADS: Final = min(8, os.cpu_count() or 1)
+
+_T = TypeVar("_T")
+_Wanted = tuple[bytes, memoryview]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PutPages:
+    """Result of a batch put.
+
+    Attributes:
+        digests: of each page, in the order given.
+        new_pages: how many of them were not yet stored (a content that occurs twice in the batch counts once).
+        new_bytes: bytes of those.
+    """
+
+    digests: list[str]
+    new_pages: int
+    new_bytes: int
+
+
+class PageStore:
+    """Page halves of one repository.
+
+    Thread-safe: several threads, and several processes with their own instance, may put and get at once.
+    """
+
+    def __init__(self, store: Store, algorithm: str) -> None:
+        self.algorithm: Final = algorithm
+        self._store = store
+        self._digest: Callable[[Buffer], bytes] = DIGESTS[algorithm]
+        self._lock = threading.RLock()
+        self._segments: dict[str, Segment] = {}
+        self._places: dict[bytes, list[tuple[Segment, int]]] = {}
+        self._damaged: set[tuple[str, bytes]] = set()
+        self._broken: dict[str, str] = {}
+        self._workers = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvist-pages")
+        self.refresh()
+
+    # -- the index -----------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Learn of segments and damage that other processes added or removed since."""
+        with self._lock:
+            listed = {info.key: info for info in self._store.list(segments.PREFIX)}
+            for key in self._segments.keys() - listed.keys():
+                self._forget(self._segments.pop(key))
+            self._broken = {key: why for key, why in self._broken.items() if key in listed}
+            for key in listed.keys() - self._segments.keys() - self._broken.keys():
+                info = listed[key]
+                try:
+                    self._learn(segments.read_index(self._store, key, info.size, info.modified, self.algorithm))
+                except DamagedObject as error:
+                    self._broken[key] = str(error)
+                    logger.warning("%s; its pages count as missing until they are put again", error)
+                except NotFound:
+                    continue  # deleted by a gc since the listing
+            marks = (info.key.removeprefix(DAMAGE).rpartition("/") for info in self._store.list(DAMAGE))
+            self._damaged = {(segments.PREFIX + name, bytes.fromhex(page)) for name, _, page in marks}
+
+    def segments(self) -> list[Segment]:
+        """The segments known since the last refresh, by key."""
+        with self._lock:
+            return sorted(self._segments.values(), key=lambda segment: segment.key)
+
+    def broken_segments(self) -> dict[str, str]:
+        """Key and reason of every segment whose index cannot be read."""
+        with self._lock:
+            return dict(self._broken)
+
+    def damaged_places(self) -> list[tuple[str, str]]:
+        """Segment key and digest of every page copy that was found damaged and still lies in its segment."""
+        with self._lock:
+            return sorted((key, self._name(raw)) for key, raw in self._damaged if key in self._segments)
+
+    def size(self, digest: str) -> int | None:
+        """Bytes of the page, or ``None`` if no undamaged copy is known."""
+        place = self._place(self._raw(digest))
+        return None if place is None else place[0].span(place[1])[1]
+
+    def homes(self, digest: str) -> list[str]:
+        """Keys of the segments that hold the page undamaged; a read uses the first."""
+        raw = self._raw(digest)
+        with self._lock:
+            return sorted(place[0].key for place in self._good_places(raw))
+
+    def names(self, segment: Segment) -> list[str]:
+        """Digests of a segment's pages, in order."""
+        return [self._name(raw) for raw in segment.digests]
+
+    def _learn(self, segment: Segment) -> None:
+        self._segments[segment.key] = segment
+        for entry, raw in enumerate(segment.digests):
+            self._places.setdefault(raw, []).append((segment, entry))
+
+    def _forget(self, segment: Segment) -> None:
+        for raw in set(segment.digests):
+            left = [place for place in self._places[raw] if place[0] is not segment]
+            if left:
+                self._places[raw] = left
+            else:
+                del self._places[raw]
+
+    def _place(self, raw: bytes) -> tuple[Segment, int] | None:
+        """Where the page lies undamaged: first of the candidates by segment key, so that all processes agree."""
+        with self._lock:
+            return min(self._good_places(raw), key=lambda place: place[0].key, default=None)
+
+    def _good_places(self, raw: bytes) -> list[tuple[Segment, int]]:
+        return [place for place in self._places.get(raw, ()) if (place[0].key, raw) not in self._damaged]
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def put(self, pages: Sequence[Buffer]) -> PutPages:
+        """Store pages; durable when it returns.
+
+        A page already stored is only hashed. Nothing of the batch is visible if it fails.
+
+        Args:
+            pages: contiguous buffers, each at least one byte; not changed, and not kept after the return.
+
+        Raises:
+            StoreFull: no space; nothing was stored.
+        """
+        if any(len(page) == 0 for page in pages):
+            raise InvalidInput("a page has at least one byte, got an empty buffer")
+        self.refresh()
+        digests: list[bytes] = []
+        batch = _Batch(self._store, self.algorithm)
+        with batch:
+            for window, hashed in self._hash_windows(pages):
+                for page, raw in zip(window, hashed, strict=True):
+                    if raw not in batch.seen and self._place(raw) is None:
+                        batch.add(raw, page)
+                digests += hashed
+            written = batch.commit()
+        with self._lock:
+            for segment in written:
+                self._learn(segment)
+        return PutPages([self._name(raw) for raw in digests], len(batch.seen), batch.bytes)
+
+    def _hash_windows(self, pages: Sequence[Buffer]) -> Iterator[tuple[Sequence[Buffer], list[bytes]]]:
+        """Windows of pages with their digests, in order; workers hash ahead of the consumer."""
+
+        def hash_all(window: Sequence[Buffer]) -> list[bytes]:
+            return [self._digest(page) for page in window]
+
+        windows = list(_windows(pages, [len(page) for page in pages], _WINDOW))
+        return zip(windows, self._workers.map(hash_all, windows), strict=True)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def get(self, digest: str) -> bytes:
+        """One page's bytes, verified. Raises as `get_into`."""
+        size = self.size(digest)
+        if size is None:
+            self.refresh()
+            size = self.size(digest)
+        if size is None:
+            raise self._missing(self._raw(digest))
+        out = bytearray(size)
+        self.get_into([digest], [memoryview(out)])
+        return bytes(out)
+
+    def get_into(self, digests: Sequence[str], outs: Sequence[memoryview]) -> None:
+        """Read pages into ready buffers and verify every one.
+
+        Args:
+            digests: what to read.
+            outs: as many writable, contiguous byte views; each exactly as long as its page.
+
+        Raises:
+            MissingPage: no segment holds a page.
+            DamagedPage: every copy of a page is damaged; the place is marked, so that the next put writes it anew.
+            InvalidInput: a buffer has not the length of its page.
+
+        After an error the buffers' content is undefined.
+        """
+        wanted = list(zip(map(self._raw, digests), outs, strict=True))
+        failed = self._read(wanted)
+        if failed:  # another process may have written, or repacked, these pages since the last refresh
+            self.refresh()
+            failed = self._read(failed)
+        if failed:
+            raise self._missing(failed[0][0])
+
+    def verify(self, digests: Sequence[str], progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Read and hash pages; the digests of those missing or damaged. Marks damaged places.
+
+        Args:
+            digests: what to verify.
+            progress: called with pages done and pages in all.
+        """
+        bad: list[str] = []
+        done = 0
+        scratch = memoryview(bytearray(16 * _WINDOW))
+        for window in _windows(digests, [self.size(digest) or 0 for digest in digests], len(scratch)):
+            wanted, start = [], 0
+            for digest in window:
+                size = self.size(digest) or 0
+                if size > len(scratch):
+                    scratch = memoryview(bytearray(size))
+                wanted.append((self._raw(digest), scratch[start : start + size]))
+                start += size
+            bad += [self._name(raw) for raw, _ in self._read(wanted)]
+            done += len(window)
+            if progress is not None:
+                progress(done, len(digests))
+        return bad
+
+    def _read(self, wanted: Sequence[_Wanted]) -> list[_Wanted]:
+        """Read what can be read and return the rest: pages that are missing, or damaged in every copy."""
+        failed: list[_Wanted] = []
+        plan: dict[str, list[tuple[int, _Wanted]]] = {}
+        for raw, out in wanted:
+            place = self._place(raw)
+            if place is None:
+                failed.append((raw, out))
+                continue
+            segment, entry = place
+            start, size = segment.span(entry)
+            if len(out) != size:
+                raise InvalidInput(f"page {self._name(raw)} has {size} bytes, its buffer {len(out)}")
+            plan.setdefault(segment.key, []).append((start, (raw, out)))
+        tasks: list[Future[list[_Wanted]]] = []
+        for key, reads in plan.items():
+            reads.sort(key=lambda read: read[0])
+            windows = _windows(reads, [len(out) for _, (_, out) in reads], _WINDOW)
+            tasks += [self._workers.submit(self._read_window, key, window) for window in windows]
+        wait(tasks)  # all of them, also when one raises: the buffers are the caller's again on return
+        damaged = [read for task in tasks for read in task.result()]
+        if damaged:  # try another copy; each round marks one more place, so this ends
+            failed += self._read(damaged)
+        return failed
+
+    def _read_window(self, key: str, reads: Sequence[tuple[int, _Wanted]]) -> list[_Wanted]:
+        """Read and verify neighbours in one segment; those that are damaged there."""
+        first = {start: out for start, (_, out) in reversed(reads)}
+        try:
+            self._store.get_ranges(key, [Range(start, first[start]) for start in sorted(first)])
+        except NotFound:  # a gc deleted it: look the pages up again
+            with self._lock:
+                if key in self._segments:
+                    self._forget(self._segments.pop(key))
+            return [wanted for _, wanted in reads]
+        except IntegrityError as error:
+            logger.error("%s", error)
+            for _, (raw, _) in reads:
+                self._mark(key, raw)
+            return [wanted for _, wanted in reads]
+        damaged = []
+        for start, (raw, out) in reads:
+            if out is not first[start]:
+                out[:] = first[start]  # the page was asked for twice and read once
+            if self._digest(out) != raw:
+                self._mark(key, raw)
+                damaged.append((raw, out))
+        return damaged
+
+    def _mark(self, key: str, raw: bytes) -> None:
+        """Remember for all processes that this copy is damaged."""
+        with self._lock:
+            if (key, raw) in self._damaged:
+                return
+            self._damaged.add((key, raw))
+        logger.error("page %s is damaged in %s", self._name(raw), key)
+        try:
+            self._store.put(f"{DAMAGE}{key.removeprefix(segments.PREFIX)}/{raw.hex()}", b"")
+        except StoreError as error:
+            logger.warning("could not record the damage of page %s: %s", self._name(raw), error)
+
+    def _missing(self, raw: bytes) -> MissingPage | DamagedPage:
+        with self._lock:
+            damaged = [place[0].key for place in self._places.get(raw, ())]
+        if damaged:
+            return DamagedPage(
+                f"page {self._name(raw)} is damaged in {', '.join(damaged)}: its bytes do not hash to its digest",
+                hint="snapshot the session again: the next put of the same content heals it",
+            )
+        return MissingPage(f"page {self._name(raw)} is in no segment", hint="run `kvist fsck`")
+
+    # -- upkeep --------------------------------------------------------------------------------------------------
+
+    def rewrite(self, digests: Sequence[str], progress: Callable[[int, int], None] | None = None) -> None:
+        """Copy stored pages into new segments, so that the old ones can go. Verified; durable when it returns.
+
+        Raises:
+            DamagedPage, MissingPage: a page cannot be copied; nothing new is visible.
+        """
+        done = 0
+        with _Batch(self._store, self.algorithm) as batch:
+            for window in _windows(digests, [self.size(digest) or 0 for digest in digests], 16 * _WINDOW):
+                outs = [memoryview(bytearray(self.size(digest) or 0)) for digest in window]
+                self.get_into(window, outs)
+                for digest, out in zip(window, outs, strict=True):
+                    raw = self._raw(digest)
+                    if raw not in batch.seen:
+                        batch.add(raw, out)
+                done += len(window)
+                if progress is not None:
+                    progress(done, len(digests))
+            written = batch.commit()
+        with self._lock:
+            for segment in written:
+                self._learn(segment)
+
+    def drop_marks(self, keys: Sequence[str]) -> None:
+        """Forget damage recorded in segments that are gone."""
+        gone = {key.removeprefix(segments.PREFIX) for key in keys}
+        marks = [info.key for info in self._store.list(DAMAGE)]
+        self._store.delete(mark for mark in marks if mark.removeprefix(DAMAGE).rpartition("/")[0] in gone)
+
+    def close(self) -> None:
+        """Stop the worker threads. Idempotent."""
+        self._workers.shutdown()
+
+    def _raw(self, digest: str) -> bytes:
+        algorithm, _, text = parse_digest(digest).partition(":")
+        if algorithm != self.algorithm:
+            raise InvalidInput(f"this repository names pages by {self.algorithm}, got {digest}")
+        return bytes.fromhex(text)
+
+    def _name(self, raw: bytes) -> str:
+        return format_digest(self.algorithm, raw)
+
+
+class _Batch:
+    """New pages on their way into new segments; nothing is visible before `commit`."""
+
+    def __init__(self, store: Store, algorithm: str) -> None:
+        self._store, self._algorithm = store, algorithm
+        self._open: list[_Open] = []
+        self.seen: set[bytes] = set()
+        self.bytes = 0
+
+    def __enter__(self) -> _Batch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._open:
+            one.writer.abort()
+
+    def add(self, raw: bytes, page: Buffer) -> None:
+        if not self._open or self._open[-1].bytes >= SEGMENT_BYTES:
+            key = f"{segments.PREFIX}{uuid.uuid4().hex}"
+            self._open.append(_Open(key, self._store.writer(key)))
+        one = self._open[-1]
+        one.writer.write(page)
+        one.digests.append(raw)
+        one.lengths.append(len(page))
+        one.bytes += len(page)
+        self.seen.add(raw)
+        self.bytes += len(page)
+
+    def commit(self) -> list[Segment]:
+        for one in self._open:
+            one.writer.write(segments.encode_index(self._algorithm, one.digests, one.lengths))
+            one.writer.commit()
+        written = []
+        for one in self._open:
+            info = self._store.head(one.key)
+            if info is not None:  # None: a gc took it in this instant, and the commit that needs it will notice
+                written.append(segments.read_index(self._store, one.key, info.size, info.modified, self._algorithm))
+        return written
+
+
+@dataclass(slots=True)
+class _Open:
+    """A segment being written."""
+
+    key: str
+    writer: ObjectWriter
+    digests: list[bytes] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    bytes: int = 0
+
+
+def _windows(items: Sequence[_T], sizes: Sequence[int], most: int) -> Iterator[Sequence[_T]]:
+    """Runs of items of at most ``most`` bytes together, at least one item each."""
+    start = total = 0
+    for end, size in enumerate(sizes):
+        if total and total + size > most:
+            yield items[start:end]
+            start, total = end, 0
+        total += size
+    if start < len(items):
+        yield items[start:]
