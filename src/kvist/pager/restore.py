@@ -1,0 +1,157 @@
+"""Restore: from a snapshot in a repository to pages and sequences in a running engine.
+
+Knows the `CachePager` contract and the repository's. Must not know which engine it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from kvist.errors import LayoutMismatch, NotFound
+from kvist.layout import Layout
+from kvist.pager.arena import Arena
+from kvist.pager.base import CachePager
+from kvist.repo.manifest import LogicalSeq, Manifest, PageEntry
+from kvist.repo.repository import Repository
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Result of a restore.
+
+    Attributes:
+        cid: the snapshot.
+        sequences: ids under which its sequences are now in the engine.
+        tokens: tokens whose KV became reachable.
+        pages: pages it holds.
+        pages_loaded: of those, read, verified and written into the engine; the others were already there.
+        same_numerics: whether the engine computes as the one that made the snapshot; if not, what follows may differ
+            in its last bits.
+        pause_s: seconds for which the engine stood still.
+        total_s: seconds in all.
+    """
+
+    cid: str
+    sequences: tuple[str, ...]
+    tokens: int
+    pages: int
+    pages_loaded: int
+    same_numerics: bool
+    pause_s: float
+    total_s: float
+
+
+def restore(
+    pager: CachePager,
+    repo: Repository,
+    rev: str,
+    *,
+    sequences: Collection[str] | None = None,
+    rename: Callable[[str], str] = lambda sequence_id: sequence_id,
+    arena: Arena | None = None,
+) -> Restored:
+    """Put a snapshot's pages and sequences into an engine, beside whatever it is doing. All or nothing.
+
+    Pages the engine already holds, by block hash, are shared. The others are read and verified while the engine
+    runs; it is paused to look up the former and to write the latter.
+
+    Args:
+        pager: the engine; its layout must equal the snapshot's.
+        repo: where from.
+        rev: see `Repository.resolve`.
+        sequences: ids to restore; ``None``: all, and the pages that were kept only as prefix cache.
+        rename: gives each sequence the id it gets in the engine.
+        arena: reused buffer.
+
+    Raises:
+        LayoutMismatch: the pages do not fit this engine.
+        NotFound: no such snapshot, or no sequence of an id in it.
+        MissingPage, DamagedPage: a page cannot be had; the engine is as it was.
+        PoolExhausted, Conflict: too few free slots, or an id is taken; the engine is as it was.
+    """
+    started = time.perf_counter()
+    cid = repo.resolve(rev)
+    layout = pager.meta()
+    manifest = _manifest_for(repo, cid, layout)
+    seqs = _choose(manifest, cid, sequences)
+    needed = {ix for seq in seqs for ix in seq.page_ixs}
+    pages = [page for page in manifest.pages if sequences is None or page.ix in needed]
+    clock = _PauseClock(pager)
+    with clock.paused():
+        shared = pager.share_pages([page.block for page in pages])
+    held = [ix for ix in shared if ix is not None]
+    missing = [page for page, ix in zip(pages, shared, strict=True) if ix is None]
+    try:
+        with (arena or Arena()).borrow(2 * layout.page_bytes * len(missing)) as buffer:
+            _read(repo, missing, layout.page_bytes, buffer)
+            with clock.paused():
+                slots = pager.allocate_pages(len(missing))
+                held += slots
+                pager.write_pages(slots, buffer, [page.block for page in missing])
+                fresh = iter(slots)
+                place = {page.ix: next(fresh) if ix is None else ix for page, ix in zip(pages, shared, strict=True)}
+                installed = [
+                    replace(seq, id=rename(seq.id), page_ixs=tuple(place[ix] for ix in seq.page_ixs)) for seq in seqs
+                ]
+                pager.install_logical_seqs(installed)
+    except BaseException:
+        with clock.paused():
+            pager.release_pages(held)
+        raise
+    return Restored(
+        cid=cid,
+        sequences=tuple(seq.id for seq in installed),
+        tokens=replace(manifest, pages=tuple(pages), sequences=tuple(seqs)).tokens,
+        pages=len(pages),
+        pages_loaded=len(missing),
+        same_numerics=dict(manifest.numerics) == pager.numerics(),
+        pause_s=clock.seconds,
+        total_s=time.perf_counter() - started,
+    )
+
+
+def _manifest_for(repo: Repository, cid: str, layout: Layout) -> Manifest:
+    """The manifest of the engine's rank, refused unless its layout is the engine's."""
+    manifests = [repo.manifest(name) for name in repo.snapshot(cid).manifests]
+    for manifest in manifests:
+        if manifest.layout == layout:
+            return manifest
+    same_rank = [manifest for manifest in manifests if manifest.layout.tp_rank == layout.tp_rank]
+    layout.require((same_rank or manifests)[0].layout, of=f"snapshot {cid}", into="the engine")
+    raise LayoutMismatch(f"snapshot {cid} has no manifest for rank {layout.tp_rank} of {layout.tp_size}")
+
+
+def _choose(manifest: Manifest, cid: str, wanted: Collection[str] | None) -> list[LogicalSeq]:
+    if wanted is None:
+        return list(manifest.sequences)
+    found = [(name, manifest.sequence(name)) for name in sorted(set(wanted))]
+    for name, seq in found:
+        if seq is None:
+            raise NotFound(f"snapshot {cid} has no sequence {name!r}")
+    return [seq for _, seq in found if seq is not None]
+
+
+def _read(repo: Repository, pages: list[PageEntry], half: int, buffer: memoryview) -> None:
+    digests = [digest for page in pages for digest in (page.k, page.v)]
+    repo.get_pages(digests, [buffer[i * half : (i + 1) * half] for i in range(len(digests))])
+
+
+class _PauseClock:
+    """Pauses an engine, and adds up for how long."""
+
+    def __init__(self, pager: CachePager) -> None:
+        self._pager = pager
+        self.seconds = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        started = time.perf_counter()
+        self._pager.pause()
+        try:
+            yield
+        finally:
+            self._pager.resume()
+            self.seconds += time.perf_counter() - started
