@@ -156,11 +156,17 @@ class Repository:
         Raises:
             MissingPage: a manifest names a page that is not stored.
             NotFound: an unknown parent.
-            Conflict: the branch moved meanwhile, or a gc took what the snapshot needs; retry.
+            Conflict: the branch names a snapshot that is no parent, or moved meanwhile, or a gc took what the snapshot
+                needs; retry.
         """
         tip = self.refs.read(RefKind.BRANCH, branch) if branch is not None else None
         if parents is None:
             parents = [tip.cid] if tip is not None and tip.cid is not None else []
+        if tip is not None and tip.cid not in parents:
+            raise Conflict(
+                f"branch {branch} names {tip.cid}, which the new snapshot does not continue; moving it would lose that",
+                hint="choose another branch, or give that snapshot as a parent",
+            )
         for parent in parents:
             self.objects.snapshot(parent)
         self._require_pages(manifests)
