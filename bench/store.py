@@ -23,11 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blake3 import blake3
-from peers import PEERS
 from rich.console import Console
 from rich.table import Table
 
 from kvist.repo import Repository
+from peers import PEERS
 
 CORES = os.cpu_count() or 1
 CHUNK = 4 << 20

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
-from kvist.errors import AlreadyExists, IntegrityError, InvalidName
+from kvist.errors import AlreadyExists, IntegrityError, InvalidInput, InvalidName, NotFound
 from kvist.hashing import Buffer
 
-_KEY_SEGMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]*")
+_KEY_SEGMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]{0,254}")
+_KEY_MAX: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +54,46 @@ class Range:
     out: memoryview
 
 
+def is_key(key: str) -> bool:
+    """Whether `check_key` accepts ``key``."""
+    return len(key) <= _KEY_MAX and all(_KEY_SEGMENT.fullmatch(segment) for segment in key.split("/"))
+
+
 def check_key(key: str) -> str:
-    """Return ``key`` if it is one: segments of letters, digits and ``._+@-`` joined by ``/``, none starting with
-    a dot, so that a key below a directory never leaves it and temporary files never look like keys.
+    """Return ``key`` if it is one: segments of letters, digits and ``._+@-`` joined by ``/``, each starting with a
+    letter or digit, so that a key below a directory never leaves it and temporary files never look like keys.
+    A segment has at most 255 characters, a key at most 1000: what every file system and object store takes.
 
     Raises:
         InvalidName: otherwise.
     """
-    if not key or not all(_KEY_SEGMENT.fullmatch(segment) for segment in key.split("/")):
-        raise InvalidName(f"{key!r:.200} is not a store key: letters, digits and '._+@-', segments joined by '/'")
+    if not is_key(key):
+        raise InvalidName(
+            f"{key!r:.200} is not a store key: expected at most {_KEY_MAX} characters, segments joined by '/', each "
+            "of a letter or digit and at most 254 more letters, digits and '._+@-'"
+        )
     return key
 
 
+def check_prefix(prefix: str) -> str:
+    """Return ``prefix`` if it may limit a listing: ``""``, or a key and a ``/``.
+
+    Raises:
+        InvalidName: otherwise. A bare ``"a"`` is refused: it would match ``"ab"``, and a directory cannot list so.
+    """
+    if prefix:
+        if not prefix.endswith("/"):
+            raise InvalidName(f"{prefix!r:.200} is not a prefix: expected '' or a key and a '/'")
+        check_key(prefix[:-1])
+    return prefix
+
+
 class ObjectWriter(ABC):
-    """Writes one new object piece by piece. Invisible until `commit`; as a context manager, aborts if not committed."""
+    """Writes one new object piece by piece. Invisible until `commit`; as a context manager, aborts if not committed.
+
+    For one thread at a time. A failed `write` or `commit` discards the object. After `commit`, `abort` or a failure
+    the writer is finished: `write` and `commit` then raise `InvalidInput`.
+    """
 
     @abstractmethod
     def write(self, data: Buffer) -> None:
@@ -95,16 +122,28 @@ class _CollectingWriter(ObjectWriter):
     """The slow default: collect, then put."""
 
     def __init__(self, store: Store, key: str) -> None:
-        self._store, self._key, self._data = store, key, bytearray()
+        self._store, self._key = store, key
+        self._data: bytearray | None = bytearray()
 
     def write(self, data: Buffer) -> None:
-        self._data += data
+        self._open().extend(data)
 
     def commit(self) -> None:
-        self._store.put(self._key, self._data, mode="create")
+        data, self._data = self._open(), None
+        self._store.put(self._key, data, mode="create")
 
     def abort(self) -> None:
-        self._data = bytearray()
+        self._data = None
+
+    def _open(self) -> bytearray:
+        if self._data is None:
+            raise finished(self._key)
+        return self._data
+
+
+def finished(key: str) -> InvalidInput:
+    """The error for using a writer after its end."""
+    return InvalidInput(f"the writer of {key} is finished: expected no write or commit after commit, abort or failure")
 
 
 class Store(ABC):
@@ -113,6 +152,10 @@ class Store(ABC):
     Consistency that every store must give: a read or listing that starts after a write has returned sees that write,
     from any process. A put is atomic: other readers see the old object or the new one, never a mixture, also after a
     crash. A put, a batch of puts and a writer's commit are durable when they return (if the store is durable at all).
+
+    Every method that takes a key, keys or a prefix raises `InvalidName` for a bad one, and `StoreError` where the
+    storage below refuses. Offsets and sizes are never negative. A key must not be another key's directory (``a`` and
+    ``a/b``, in one store, ever): a store on a file system refuses the second with `StoreError`, others need not.
     """
 
     @property
@@ -122,7 +165,7 @@ class Store(ABC):
 
     @abstractmethod
     def get(self, key: str, *, start: int = 0, size: int | None = None) -> bytes:
-        """The object's bytes from ``start``, at most ``size`` of them (default: to its end).
+        """The object's bytes from ``start``, at most ``size`` of them (default: to its end); none from past its end.
 
         Raises:
             NotFound: there is no such object.
@@ -151,7 +194,7 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete each object that exists."""
+        """Delete each object that exists; keys that do not are no error."""
 
     # -- slow defaults, fast overrides ---------------------------------------------------------------------------
 
@@ -162,12 +205,12 @@ class Store(ABC):
             NotFound: there is no such object.
             IntegrityError: the object ends inside a range; buffers are then undefined.
         """
+        if not ranges and self.head(key) is None:
+            raise NotFound(f"{self.url} has no object {key}")
         for r in ranges:
             data = self.get(key, start=r.start, size=len(r.out))
             if len(data) != len(r.out):
-                raise IntegrityError(
-                    f"{key} ends early: wanted {len(r.out)} bytes at {r.start}, got {len(data)}"
-                )
+                raise IntegrityError(f"{key} ends early: wanted {len(r.out)} bytes at {r.start}, got {len(data)}")
             r.out[:] = data
 
     def put_many(self, items: Sequence[tuple[str, Buffer]], *, mode: Literal["overwrite", "create"]) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 
 from kvist.errors import AlreadyExists, Conflict, NotFound
 from kvist.hashing import Buffer
-from kvist.store.base import Match, ObjectInfo, PutMode, Store, check_key
+from kvist.store.base import Match, ObjectInfo, PutMode, Store, check_key, check_prefix
 
 _numbers: Final = itertools.count(1)
 
@@ -56,12 +56,14 @@ class MemoryStore(Store):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `Store.list`."""
+        check_prefix(prefix)
         with self._lock:
             infos = [info for key, (_, info) in self._objects.items() if key.startswith(prefix)]
         return iter(sorted(infos, key=lambda info: info.key))
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `Store.delete`."""
+        checked = [check_key(key) for key in keys]
         with self._lock:
-            for key in keys:
-                self._objects.pop(check_key(key), None)
+            for key in checked:
+                self._objects.pop(key, None)

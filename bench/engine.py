@@ -1,0 +1,164 @@
+"""The embedded engine: what canonical tiles cost, and what a snapshot and a restore save.
+
+    python bench/engine.py [--json FILE]
+
+A tiny random model on this machine's CPU. Peers and ours take turns in one process; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from kvist.engines.hf import Engine, HfPager, SamplingParams
+from kvist.pager import Arena, capture, restore
+from kvist.repo import Repository
+from kvist.testing.models import make_model
+
+PAGES = 1024
+
+
+def ids(count: int, seed: int) -> list[int]:
+    return [(seed * 7919 + i * i * 31 + i * 17) % 500 + 3 for i in range(count)]
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def median(reps: int, work: Callable[[int], float]) -> float:
+    return statistics.median(work(i) for i in range(reps))
+
+
+def generate(engine: Engine, prompt: list[int], tokens: int, **options: str) -> list[int]:
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    return [step.token_id for step in engine.submit(prompt, params, **options)]
+
+
+def cost_of_tiles(engine: Engine, model_dir: Path) -> dict[str, float]:
+    """Tokens per second of prefill and decode, against transformers' own generate with a contiguous cache."""
+    plain = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+
+    def ours(prompt: int, tokens: int, seed: int) -> float:
+        return timed(lambda: generate(engine, ids(prompt, seed), tokens))
+
+    def theirs(prompt: int, tokens: int, seed: int) -> float:
+        batch = torch.tensor([ids(prompt, seed)])
+        with torch.inference_mode():
+            return timed(
+                lambda: plain.generate(
+                    batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+                )
+            )
+
+    result = {}
+    for what, prompt, tokens, count in (("prefill", 1024, 1, 1024), ("decode", 16, 128, 128)):
+        result[f"{what} kvist tokens/s"] = count / median(5, lambda i, p=prompt, t=tokens: ours(p, t, 100 + i))
+        result[f"{what} generate tokens/s"] = count / median(5, lambda i, p=prompt, t=tokens: theirs(p, t, 100 + i))
+        result[f"{what} ratio"] = result[f"{what} kvist tokens/s"] / result[f"{what} generate tokens/s"]
+    return result
+
+
+def two_snapshots(engine: Engine, directory: Path) -> dict[str, float]:
+    """A 4,000-token session, and again 50 tokens later."""
+    result: dict[str, list[float]] = {}
+    arena = Arena()
+    for seed in range(5):
+        repo = Repository.init((directory / f"two-{seed}").as_uri())
+        generate(engine, ids(3990, seed), 11, sequence_id="session")
+        pager = HfPager(engine, ["session"])
+        first = capture(pager, repo, branch="session", arena=arena)
+        generate(engine, [], 50, resume="session", sequence_id="later")
+        second = capture(HfPager(engine, ["later"]), repo, parents=[first.snapshot.cid], branch="session", arena=arena)
+        engine.drop("session")
+        engine.drop("later")
+        pairs = {
+            "first pause ms": first.pause_s * 1e3,
+            "second pause ms": second.pause_s * 1e3,
+            "first total ms": first.total_s * 1e3,
+            "second total ms": second.total_s * 1e3,
+            "first MB": first.new_bytes / 1e6,
+            "second MB": second.new_bytes / 1e6,
+            "pause ratio": second.pause_s / first.pause_s,
+            "bytes ratio": second.new_bytes / first.new_bytes,
+        }
+        for name, value in pairs.items():
+            result.setdefault(name, []).append(value)
+        repo.close()
+    return {name: statistics.median(values) for name, values in result.items()}
+
+
+def restore_or_prefill(make: Callable[[], Engine], url: str, tokens: int) -> dict[str, float]:
+    """Time to the first new token in a fresh engine: restore and go on, or prefill again."""
+    prompt = ids(tokens, tokens)
+    arena = Arena()
+    with Repository.init(url) as repo:
+        with make() as engine:
+            generate(engine, prompt, 1, sequence_id="s")
+            captured = capture(HfPager(engine), repo, branch="s")
+        with make() as engine:
+            prefill_s = timed(lambda: generate(engine, prompt, 1))
+        with make() as engine:
+
+            def restore_and_go_on() -> None:
+                restore(HfPager(engine), repo, "s", arena=arena)
+                generate(engine, [], 1, resume="s")
+
+            restore_s = timed(restore_and_go_on)
+            page_bytes = 2 * engine.layout.page_bytes
+    return {
+        "tokens": tokens,
+        "MB": captured.pages * page_bytes / 1e6,
+        "snapshot ms": captured.total_s * 1e3,
+        "restore to first token ms": restore_s * 1e3,
+        "prefill to first token ms": prefill_s * 1e3,
+        "ratio": prefill_s / restore_s,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    console = Console(width=110)
+    with tempfile.TemporaryDirectory(prefix="kvist-bench-", dir=Path.cwd()) as name:
+        directory = Path(name)
+        model = make_model(directory / "model")
+
+        def make() -> Engine:
+            return Engine.load(model, pages=PAGES)
+
+        with make() as engine:
+            tiles = cost_of_tiles(engine, model)
+            two = two_snapshots(engine, directory)
+        rows = [
+            restore_or_prefill(make, (directory / f"first-token-{tokens}").as_uri(), tokens)
+            for tokens in (500, 1000, 2000, 4000)
+        ]
+    for title, figures in (("canonical tiles against transformers' generate", tiles), ("4,000 tokens, +50", two)):
+        table = Table("what", "", title=title)
+        for what, value in figures.items():
+            table.add_row(what, f"{value:,.3f}")
+        console.print(table)
+    table = Table(*rows[0], title="first new token in a fresh engine")
+    for row in rows:
+        table.add_row(*(f"{value:,.1f}" for value in row.values()))
+    console.print(table)
+    if args.json:
+        args.json.write_text(json.dumps({"tiles": tiles, "two snapshots": two, "first token": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
