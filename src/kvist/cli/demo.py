@@ -180,7 +180,7 @@ def run_cases(directory: Path, cases: Sequence[Case], say: Callable[[str], None]
         worker.kill()
     say(f"second worker: checkout, then {MORE_TOKENS} tokens on the main line and every fork")
     with Worker(model, store) as worker:
-        return [_continue(worker, case, *parts) for case, *parts in zip(cases, saved, expected, fresh, strict=True)]
+        return [_continue(worker, *of_case) for of_case in zip(cases, saved, expected, fresh, strict=True)]
 
 
 def _reprefill(worker: Worker, case: Case, ids: list[int]) -> tuple[int, float]:

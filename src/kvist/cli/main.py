@@ -1,0 +1,147 @@
+"""The root command `kvist`: its table of commands, and the one place where errors become messages and exit codes.
+
+Knows names of commands, not what they do: each is imported when it is called, so that `kvist --help` imports nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import click
+
+from kvist import __version__
+from kvist.cli.invocation import Invocation, common_of_root
+from kvist.cli.output import Mode
+from kvist.errors import KvistError
+
+INTERRUPTED: Final = 130
+"""Exit code after Ctrl-C, as shells report a process that SIGINT ended."""
+
+
+class Lazy(NamedTuple):
+    """A command that is imported when it is called.
+
+    Attributes:
+        target: ``"module:attribute"``.
+        help: its line in `kvist --help`; how the command's own short help begins.
+    """
+
+    target: str
+    help: str
+
+    @property
+    def module(self) -> str:
+        """The module's name."""
+        return self.target.partition(":")[0]
+
+
+SECTIONS: Final[dict[str, dict[str, Lazy]]] = {
+    "Repository": {
+        "init": Lazy("kvist.cli.upkeep:init", "Make an empty repository."),
+        "stats": Lazy("kvist.cli.upkeep:stats", "Count what the repository holds."),
+        "fsck": Lazy("kvist.cli.upkeep:fsck", "Check that every snapshot is there and whole."),
+        "gc": Lazy("kvist.cli.upkeep:gc", "Delete what no branch or tag reaches."),
+    },
+    "Snapshots": {
+        "log": Lazy("kvist.cli.history:log", "List snapshots, newest first."),
+        "show": Lazy("kvist.cli.history:show", "Describe one snapshot."),
+        "diff": Lazy("kvist.cli.history:diff", "Tell what two snapshots share."),
+        "fork": Lazy("kvist.cli.names:fork", "Make branches that continue a snapshot; copies nothing."),
+        "branch": Lazy("kvist.cli.names:branch", "List, make, move or delete branches."),
+        "tag": Lazy("kvist.cli.names:tag", "List, make or delete tags."),
+    },
+    "Engine": {
+        "serve": Lazy("kvist.cli.serve:serve", "Serve a model with an OpenAI-compatible API."),
+        "demo": Lazy("kvist.cli.demo:demo", "See a cache snapshot, forked and checked out."),
+    },
+    "Shell": {
+        "completion": Lazy("kvist.cli.completion:completion", "Print the completion script for a shell."),
+    },
+}
+"""Every command, in the order of `kvist --help`. One whose module is not installed is left out."""
+
+
+class Root(click.Group):
+    """Finds commands by `SECTIONS`, and ends the process as the conventions say (docs/reference/cli.md)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands that are there."""
+        return [name for section in SECTIONS.values() for name, lazy in section.items() if _is_there(lazy)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command; ``None`` if there is none of that name."""
+        found = [section[cmd_name] for section in SECTIONS.values() if cmd_name in section]
+        if not found or not _is_there(found[0]):
+            return None
+        command: click.Command = getattr(importlib.import_module(found[0].module), found[0].target.partition(":")[2])
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        width = max(len(name) for name in self.list_commands(ctx))
+        for title, section in SECTIONS.items():
+            rows = [(name.ljust(width), lazy.help) for name, lazy in section.items() if _is_there(lazy)]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run `kvist` and exit. No command catches an error of the library: they all end here."""
+        words = list(sys.argv[1:] if args is None else args)
+        run = Invocation()
+        try:
+            with run.out.warnings():
+                # what a command gave `Context.exit`, else its return value, which is none
+                status = super().main(words, "kvist", complete_var, standalone_mode=False, obj=run, **extra)
+        except KvistError as error:
+            status = error.exit_code
+            run.out.error(error.kind, str(error), run.own_hint(error.hint), status)
+        except ModuleNotFoundError as error:
+            if (error.name or "kvist").partition(".")[0] == "kvist":
+                raise  # our bug
+            status = KvistError.exit_code
+            run.out.error(
+                KvistError.kind,
+                f"this command needs the Python package {error.name}, which is not installed",
+                "pip install 'kvist[all]'",
+                status,
+            )
+        except click.Abort:
+            status = INTERRUPTED
+            run.out.error("interrupted", "interrupted", None, status)
+        except click.ClickException as error:
+            status = error.exit_code
+            if "--json" in words:  # it may not have been read yet when the words made no sense
+                run.out.mode = Mode.JSON
+            if isinstance(error, click.UsageError) and run.out.mode is not Mode.JSON:
+                error.show()
+            else:
+                kind = "usage" if isinstance(error, click.UsageError) else KvistError.kind
+                run.out.error(kind, error.format_message(), None, status)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _is_there(lazy: Lazy) -> bool:
+    return importlib.util.find_spec(lazy.module) is not None
+
+
+@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kvist")
+@common_of_root
+def main(run: Invocation) -> None:
+    """Git for KV caches: snapshot, fork and check out the cache of a live LLM engine.
+
+    REV is a snapshot's cid, six or more of its first digits, a branch or a tag.
+    """
