@@ -101,7 +101,7 @@ class Model:
         cuda = self.device.type == "cuda"
         return {
             "engine": "kvist.engines.hf",
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "dtype": self.layout.dtype,

@@ -1,0 +1,74 @@
+"""``kvist serve``: an engine and a repository behind the HTTP server."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Model directory.")
+@click.option("--store", required=True, envvar="KVIST_STORE", help="Store url or path; made if absent.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--dtype", default=None, help="Of weights and cache: f32, bf16 or f16.  [default: as the model's files]")
+@click.option("--pages", default=1024, show_default=True, type=click.IntRange(1), help="Pages in the engine's pool.")
+@click.option("--page-size", default=16, show_default=True, type=click.IntRange(1), help="Tokens a page.")
+@click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads; part of what decides the bits.")
+@click.option("--served-model-name", default=None, help="What clients call it.  [default: the directory's name]")
+@click.option("--max-model-len", default=None, type=click.IntRange(1), help="Tokens a sequence may have.")
+@click.option(
+    "--log-level",
+    default="warning",
+    show_default=True,
+    type=click.Choice(["critical", "error", "warning", "info", "debug"]),
+)
+def serve(
+    model: Path,
+    store: str,
+    host: str,
+    port: int,
+    device: str,
+    dtype: str | None,
+    pages: int,
+    page_size: int,
+    threads: int | None,
+    served_model_name: str | None,
+    max_model_len: int | None,
+    log_level: str,
+) -> None:
+    """Serve a model with an OpenAI-compatible API, and snapshot, fork and check out its KV cache.
+
+    Prints one line on stderr when it is ready. SIGTERM or Ctrl-C ends it.
+    """
+    # Imported here: torch alone takes seconds, and `kvist --help` must not wait for it.
+    from kvist.repo import Repository
+    from kvist.server import Tokenizer, bind, create_app, url_of
+    from kvist.server import serve as run
+
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with Repository.open(store, create=True) as repo, bind(host, port) as listener:
+        from kvist.engines.hf import Engine, HfPager, SamplingParams
+
+        engine = Engine.load(
+            model,
+            device=device,
+            dtype=dtype,
+            pages=pages,
+            page_size_tokens=page_size,
+            threads=threads,
+            name=served_model_name,
+            max_model_len=max_model_len,
+        )
+        tokenizer = Tokenizer.load(model)
+        with engine:
+            app = create_app(engine, repo, pager=HfPager, params=SamplingParams, tokenizer=tokenizer)
+
+            def ready() -> None:
+                name = engine.layout.model
+                click.echo(f"kvist serving {name} at {url_of(listener)} (store {repo.store.url})", err=True)
+
+            run(app, listener, log_level=log_level, ready=ready, end_streams=engine.close)

@@ -1,0 +1,108 @@
+"""The Starlette application: routes, and one place where errors become answers. Puts the room together."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+import kvist
+from kvist.server.errors import error_response
+from kvist.server.openai import OpenAI, Requests
+from kvist.server.plan import Served
+from kvist.server.schema import BODY_MAX
+from kvist.server.sessions import Sessions
+from kvist.server.snapshots import Snapshots
+from kvist.server.wire import json_response
+
+if TYPE_CHECKING:
+    from kvist.engines.hf import Engine, SamplingParams
+    from kvist.pager.base import CachePager
+    from kvist.repo import Repository
+    from kvist.server.tokenizer import Tokenizer
+
+_Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(
+    engine: Engine,
+    repo: Repository,
+    *,
+    pager: Callable[[Engine], CachePager],
+    params: Callable[..., SamplingParams],
+    tokenizer: Tokenizer | None = None,
+    name: str | None = None,
+    body_max: int = BODY_MAX,
+) -> Starlette:
+    """The application over a started engine. The caller owns engine and repository, and closes them.
+
+    Args:
+        engine: what generates.
+        repo: where snapshots go.
+        pager: makes a pager of the engine.
+        params: the engine's class of sampling parameters.
+        tokenizer: ``None``: only token ids can be sent.
+        name: what clients call the model; default the layout's model name.
+        body_max: largest request body, in bytes.
+    """
+    served = Served(
+        name=name or engine.layout.model or "model",
+        engine=engine,
+        sessions=Sessions(engine, repo, lambda: pager(engine)),
+        params=params,
+        tokenizer=tokenizer,
+        body_max=body_max,
+    )
+    requests = Requests()
+    openai, snapshots = OpenAI(served, requests), Snapshots(served.sessions, requests, body_max)
+    routes: list[tuple[str, str, _Endpoint]] = [
+        ("GET", "/health", _health),
+        ("GET", "/version", _version),
+        ("GET", "/v1/models", openai.models),
+        ("GET", "/v1/models/{model:path}", openai.model),
+        ("POST", "/v1/completions", openai.completions),
+        ("POST", "/v1/chat/completions", openai.chat),
+        ("POST", "/v1/processfork/snapshot", snapshots.snapshot),
+        ("POST", "/v1/processfork/fork", snapshots.fork),
+        ("POST", "/v1/processfork/checkout", snapshots.checkout),
+        ("GET", "/v1/processfork/snapshots", snapshots.log),
+        ("GET", "/v1/processfork/snapshots/{rev:path}", snapshots.show),
+        ("GET", "/v1/processfork/lineage", snapshots.lineage),
+        ("GET", "/v1/processfork/sequences", snapshots.sequences),
+        ("DELETE", "/v1/processfork/sequences/{id:path}", snapshots.drop),
+    ]
+    app = Starlette(
+        routes=[Route(path, _guarded(endpoint), methods=[method]) for method, path, endpoint in routes],
+        exception_handlers={HTTPException: _http_error},
+    )
+    app.state.served = served
+    return app
+
+
+def _guarded(endpoint: _Endpoint) -> _Endpoint:
+    """``endpoint``, with whatever it raises as an answer."""
+
+    async def guarded(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except Exception as error:
+            return error_response(error)
+
+    return guarded
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _health(_: Request) -> Response:
+    return json_response({"status": "ok"})
+
+
+async def _version(_: Request) -> Response:
+    return json_response({"version": kvist.__version__})

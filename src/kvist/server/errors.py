@@ -1,0 +1,105 @@
+"""From errors to HTTP: the one table, and OpenAI's envelope. Knows error classes; must not know routes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from kvist.errors import (
+    AlreadyExists,
+    Conflict,
+    EngineError,
+    IntegrityError,
+    InvalidInput,
+    InvalidManifest,
+    KvistError,
+    LayoutMismatch,
+    NotFound,
+    PoolExhausted,
+    StoreError,
+    StoreFull,
+    UnsupportedModel,
+)
+
+log = logging.getLogger("kvist.server")
+
+
+class BadRequest(InvalidInput):
+    """A request that cannot be right.
+
+    Attributes:
+        param: the field concerned, as a path (``messages[0].content``), or ``None``.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class BodyTooLarge(InvalidInput):
+    """A request body over the server's limit."""
+
+    kind = "body_too_large"
+
+
+STATUS: Final[dict[type[KvistError], int]] = {
+    InvalidInput: 400,
+    BodyTooLarge: 413,
+    InvalidManifest: 422,
+    NotFound: 404,
+    AlreadyExists: 409,
+    Conflict: 409,
+    LayoutMismatch: 409,
+    IntegrityError: 500,
+    StoreError: 503,
+    StoreFull: 507,
+    EngineError: 503,
+    PoolExhausted: 503,
+    UnsupportedModel: 501,
+    KvistError: 500,
+}
+"""HTTP status by error class; a class that is not here has its nearest base's."""
+
+_RETRY_AFTER_S: Final = "1"
+_HTTP_KINDS: Final = {404: "not_found", 405: "method_not_allowed"}
+
+
+def status_of(error: KvistError) -> int:
+    """The status of the most special class of ``error`` that the table holds."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def envelope(error: Exception) -> dict[str, Any]:
+    """``error`` in OpenAI's form. A bug of ours keeps its details to the log."""
+    if isinstance(error, KvistError):
+        hint = f" ({error.hint})" if error.hint else ""
+        return _envelope(status_of(error), f"{error}{hint}", error.kind, getattr(error, "param", None))
+    if isinstance(error, HTTPException):
+        kind = _HTTP_KINDS.get(error.status_code, "http")
+        return _envelope(error.status_code, error.detail, kind, None)
+    return _envelope(500, "internal error; the server's log has the traceback", "internal", None)
+
+
+def error_response(error: Exception) -> Response:
+    """The answer to a request that failed with ``error``; one that is a bug of ours is logged with its traceback."""
+    headers: dict[str, str]
+    if isinstance(error, KvistError):
+        status = status_of(error)
+        headers = {"Retry-After": _RETRY_AFTER_S} if isinstance(error, PoolExhausted) else {}
+        if status >= 500:
+            log.warning("%s: %s", error.kind, error)
+    elif isinstance(error, HTTPException):
+        status, headers = error.status_code, dict(error.headers or {})
+    else:
+        status, headers = 500, {}
+        log.error("a request failed", exc_info=error)
+    return Response(msgspec.json.encode(envelope(error)), status, headers, "application/json")
+
+
+def _envelope(status: int, message: str, kind: str, param: str | None) -> dict[str, Any]:
+    family = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": family, "param": param, "code": kind}}

@@ -1,0 +1,197 @@
+"""The OpenAI-compatible routes: models, completions, chat completions. Knows HTTP; puts the other modules together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from anyio import CapacityLimiter, to_thread
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kvist.errors import NotFound
+from kvist.ids import short
+from kvist.server.answers import Answer, ChatAnswer, CompletionAnswer
+from kvist.server.errors import BadRequest
+from kvist.server.generation import Generation, Piece, sequence_ids
+from kvist.server.plan import Plan, Served, make_plan
+from kvist.server.schema import ChatBody, CompletionBody, read_body
+from kvist.server.wire import ClientGone, EventStream, json_response, while_connected
+
+_REMEMBERED: Final = 10_000
+_RESUMES: Final = 3
+"""Times to check a sequence out and submit; between the two, the engine may evict it for want of room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """A request, for those who ask for its sequences later.
+
+    Attributes:
+        sequences: what they are called in the engine.
+        started: set when the engine lists them, or they have ended.
+    """
+
+    sequences: tuple[str, ...]
+    started: asyncio.Event
+
+
+class Requests:
+    """The last requests, by our id and by the id that the client gave in ``X-Request-Id``."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, Remembered] = OrderedDict()
+
+    def remember(self, names: list[str], generation: Generation) -> None:
+        """Note a request under its names; of two with one name, the later counts."""
+        ids = tuple(choice.sequence_id for choice in generation.choices)
+        for name in names:
+            self._known[name] = Remembered(ids, generation.started)
+            self._known.move_to_end(name)
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+
+    def find(self, name: str) -> Remembered:
+        """The request of that name, or raise `NotFound`."""
+        found = self._known.get(name)
+        if found is None:
+            raise NotFound(f"no request {name!r:.200} is known here")
+        return found
+
+
+class OpenAI:
+    """The endpoints, over one served engine."""
+
+    def __init__(self, served: Served, requests: Requests) -> None:
+        self._served, self._requests = served, requests
+        self._created = int(time.time())
+        self._limiter = CapacityLimiter(16)
+        self._fingerprint = short(served.engine.layout.fingerprint)
+
+    async def models(self, _: Request) -> Response:
+        """``GET /v1/models``."""
+        return json_response({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """``GET /v1/models/{model}``."""
+        if request.path_params["model"] != self._served.name:
+            raise NotFound(f"this server has no model {request.path_params['model']!r:.200}")
+        return json_response(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        served = self._served
+        about = {"id": served.name, "object": "model", "created": self._created, "owned_by": "kvist"}
+        return about | {"max_model_len": served.engine.max_model_len}
+
+    async def completions(self, request: Request) -> Response:
+        """``POST /v1/completions``."""
+        body = await read_body(request, CompletionBody, self._served.body_max)
+        return await self._answer(request, body, "cmpl-")
+
+    async def chat(self, request: Request) -> Response:
+        """``POST /v1/chat/completions``."""
+        body = await read_body(request, ChatBody, self._served.body_max)
+        return await self._answer(request, body, "chatcmpl-")
+
+    async def _answer(self, request: Request, body: CompletionBody | ChatBody, prefix: str) -> Response:
+        if body.stream_options is not None and not body.stream:
+            raise BadRequest("stream_options: only with stream: true", param="stream_options")
+        request_id = prefix + uuid.uuid4().hex
+        client_id = request.headers.get("x-request-id")
+        headers = {"X-Request-Id": client_id or request_id}
+        plan, generation = await self._submit(request_id, client_id, body)
+        answer = self._shape(request_id, body, plan)
+        pieces = generation.pieces()
+        try:
+            # The first piece is awaited before the status is sent: most failures come before it.
+            first = await while_connected(request, pieces.__anext__)
+            if body.stream:
+                events = self._events(first, pieces, answer, generation, plan, body)
+                return EventStream(events, headers, generation.cancel)
+            choices = await while_connected(request, lambda: _collect(first, pieces, len(plan.starts)))
+        except ClientGone:
+            generation.cancel()
+            return Response(status_code=499)
+        except BaseException:
+            generation.cancel()
+            raise
+        document = answer.document([answer.choice(p, stream=False) for p in choices], generation.usage(plan.prompts))
+        if body.return_token_ids and isinstance(body, ChatBody):
+            document["prompt_token_ids"] = list(plan.starts[0].token_ids)
+        return json_response(document, headers)
+
+    async def _submit(
+        self, request_id: str, client_id: str | None, body: CompletionBody | ChatBody
+    ) -> tuple[Plan, Generation]:
+        served = self._served
+        for attempt in range(_RESUMES):
+            plan = await to_thread.run_sync(make_plan, served, body, limiter=self._limiter)
+            if plan.session is not None:
+                served.sessions.set_head(sequence_ids(request_id, len(plan.starts)), plan.session.cid)
+            generation = Generation(request_id, plan.starts, served.decode, body.stops)
+            self._requests.remember([request_id, *filter(None, [client_id])], generation)
+            try:
+                await to_thread.run_sync(generation.submit, served.engine, limiter=self._limiter)
+            except NotFound:
+                if plan.session is None or attempt == _RESUMES - 1:
+                    raise
+            else:
+                return plan, generation
+        raise AssertionError("unreachable")
+
+    def _shape(self, request_id: str, body: CompletionBody | ChatBody, plan: Plan) -> Answer:
+        prompts = [start.token_ids for start in plan.starts]
+        shape = ChatAnswer if isinstance(body, ChatBody) else CompletionAnswer
+        return shape(
+            id=request_id,
+            created=int(time.time()),
+            model=self._served.name,
+            fingerprint=self._fingerprint,
+            tokenizer=self._served.tokenizer,
+            prompts=prompts,
+            logprobs=body.logprobs is not None and body.logprobs is not False,
+            token_ids=bool(body.return_token_ids),
+            logits=body.wants_logits,
+            echo=[self._echo(body, ids) for ids in prompts] if isinstance(body, CompletionBody) and body.echo else (),
+        )
+
+    def _echo(self, body: CompletionBody, ids: Any) -> str:
+        return body.prompt if isinstance(body.prompt, str) and body.prompt else self._served.decode(ids)
+
+    async def _events(
+        self,
+        first: Piece,
+        pieces: AsyncGenerator[Piece, None],
+        answer: Answer,
+        generation: Generation,
+        plan: Plan,
+        body: CompletionBody | ChatBody,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        usage: dict[str, Any] = {"usage": None} if body.include_usage else {}
+        try:
+            async for piece in _chain(first, pieces):
+                if answer.is_worth_sending(piece):
+                    yield answer.chunk([answer.choice(piece, stream=True)], **usage)
+            if body.include_usage:
+                yield answer.chunk([], usage=generation.usage(plan.prompts))
+        finally:
+            await pieces.aclose()
+
+
+async def _chain(first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    yield first
+    async for piece in pieces:
+        yield piece
+
+
+async def _collect(first: Piece, pieces: AsyncIterator[Piece], count: int) -> list[Piece]:
+    """Whole choices, in order."""
+    choices = [Piece(index) for index in range(count)]
+    async for piece in _chain(first, pieces):
+        choices[piece.index].add(piece)
+    return choices

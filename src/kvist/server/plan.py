@@ -1,0 +1,213 @@
+"""From a request body to where each choice starts: prompts to ids, snapshots to sequences, fields to parameters.
+
+Knows bodies, the tokenizer, sessions and the engine's parameters. Must not know HTTP or answers. May take long
+(tokenizing, a checkout), so it is called in a worker thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from kvist.errors import NotFound
+from kvist.server.errors import BadRequest
+from kvist.server.generation import SEEDS, Start, derived_seed, fresh_seed
+from kvist.server.schema import ChatBody, CompletionBody, GenerationBody
+from kvist.server.sessions import Session, Sessions
+from kvist.server.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from kvist.engines.hf import Engine, SamplingParams
+
+_CHOICES_MAX: Final = 1024
+_LOGITS_MAX: Final = 256 * 1024 * 1024
+_COMPLETION_TOKENS: Final = 16
+"""OpenAI's default for completions; a chat goes on as long as there is room."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """One engine and one repository, and how to reach them.
+
+    Attributes:
+        name: what clients call the model.
+        engine: runs already.
+        sessions: relates it to the repository.
+        params: the engine's class of sampling parameters.
+        tokenizer: ``None``: only token ids can be sent.
+        body_max: largest body, in bytes.
+    """
+
+    name: str
+    engine: Engine
+    sessions: Sessions
+    params: Callable[..., SamplingParams]
+    tokenizer: Tokenizer | None
+    body_max: int
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, without special tokens; none without a tokenizer."""
+        return self.tokenizer.decode(ids) if self.tokenizer is not None else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to submit.
+
+    Attributes:
+        starts: by choice; the choices of one prompt lie together.
+        prompts: how many prompts.
+        session: the snapshot's sequence that they continue, if they do.
+    """
+
+    starts: list[Start]
+    prompts: int
+    session: Session | None
+
+
+def make_plan(served: Served, body: CompletionBody | ChatBody) -> Plan:
+    """Decide where each choice starts, checking a snapshot out if need be.
+
+    Raises:
+        BadRequest: naming the field.
+        KvistError: as `Sessions.session`.
+    """
+    if body.model is not None and body.model != served.name:
+        raise NotFound(f"this server has no model {body.model!r:.200}, it has {served.name!r}")
+    transfer = body.kv_transfer_params
+    session = served.sessions.session(transfer.snapshot, transfer.sequence) if transfer is not None else None
+    prompts = _chat_prompts(served, body) if isinstance(body, ChatBody) else _prompts(served, body)
+    if session is None and not all(prompts):
+        raise BadRequest(f"{_field(body)}: expected at least one token, got none", param=_field(body))
+    n = body.n or 1
+    if n * len(prompts) > _CHOICES_MAX:
+        raise BadRequest(f"n: expected at most {_CHOICES_MAX} choices in all, got {n * len(prompts)}", param="n")
+    starts = [_start(served, body, ids, session, number) for ids in prompts for number in range(n)]
+    return Plan(starts, len(prompts), session)
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------
+
+
+def _field(body: GenerationBody) -> str:
+    return "messages" if isinstance(body, ChatBody) else "prompt"
+
+
+def _chat_prompts(served: Served, body: ChatBody) -> list[list[int]]:
+    if body.messages is None:
+        return [[]]
+    if served.tokenizer is None:
+        raise BadRequest("this model has no tokenizer; send token ids to /v1/completions", param="messages")
+    messages = []
+    for message in body.messages:
+        entry = {"role": message.role, "content": message.text}
+        messages.append(entry | {"name": message.name} if message.name is not None else entry)
+    return [served.tokenizer.chat(messages)]
+
+
+def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
+    prompt = body.prompt
+    if prompt is None or prompt == [] or (prompt == "" and body.kv_transfer_params is not None):
+        return [[]]
+    if isinstance(prompt, str):
+        return [_encode(served, body, prompt)]
+    ids = [item for item in prompt if isinstance(item, int)]
+    if len(ids) == len(prompt):
+        return [ids]
+    texts = [item for item in prompt if isinstance(item, str)]
+    if len(texts) == len(prompt):
+        return [_encode(served, body, text) for text in texts]
+    lists = [item for item in prompt if isinstance(item, list)]
+    if len(lists) == len(prompt):
+        return lists
+    raise BadRequest("prompt: expected texts, token ids or lists of token ids, got a mixture", param="prompt")
+
+
+def _encode(served: Served, body: CompletionBody, text: str) -> list[int]:
+    if served.tokenizer is None:
+        raise BadRequest("this model has no tokenizer; send token ids", param="prompt")
+    return served.tokenizer.encode(text, special=body.add_special_tokens is not False)
+
+
+# -- parameters --------------------------------------------------------------------------------------------------
+
+
+def _start(served: Served, body: GenerationBody, ids: list[int], session: Session | None, number: int) -> Start:
+    if session is None:
+        params = _params(served, body, len(ids), temperature=1.0)
+        seed = fresh_seed() if body.seed is None else (body.seed + number) % SEEDS
+        return Start(ids, replace(params, seed=seed))
+    known = session.sequence.token_ids
+    whole = _continued(known, ids, session, _field(body))
+    state = session.sequence.state.get("sampling")
+    state = state if isinstance(state, dict) else {}  # the engine refuses any other when it resumes
+    before = _params(served, body, len(whole), given=False).with_state(state)
+    params = replace(before, **_given(body))
+    if body.seed is not None:
+        params = replace(params, seed=(body.seed + number) % SEEDS)
+    if params == before and (number == 0 or params.temperature == 0):
+        return Start(whole, params, session.engine_id, len(whole) - len(known))
+    if params.seed == before.seed:
+        # New parameters: a resumed sequence would keep its old ones. Its pages are found by their ids just as well;
+        # its draws are not, so they come from a seed derived from its own.
+        params = replace(params, seed=derived_seed(before.seed or 0, len(whole), number))
+    return Start(whole, params)
+
+
+def _continued(known: Sequence[int], ids: list[int], session: Session, param: str) -> list[int]:
+    if ids[: len(known)] == list(known) or not ids:
+        return ids or list(known)
+    same = next((n for n, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), min(len(known), len(ids)))
+    raise BadRequest(
+        f"{param}: must be left out, or start with the {len(known)} token ids of sequence {session.sequence.id!r} of "
+        f"{session.cid}; it has {len(ids)} ids, and {same} of them agree",
+        param=param,
+    )
+
+
+def _given(body: GenerationBody) -> dict[str, Any]:
+    """Sampling parameters that the body sets, but for the seed."""
+    given: dict[str, Any] = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": None if body.top_k is None else max(body.top_k, 0),
+        "stop_token_ids": None if body.stop_token_ids is None else tuple(body.stop_token_ids),
+        "ignore_eos": body.ignore_eos,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _params(
+    served: Served, body: GenerationBody, tokens: int, *, given: bool = True, **defaults: Any
+) -> SamplingParams:
+    room = max(served.engine.max_model_len - tokens, 1)
+    wanted, param = body.max_tokens, "max_tokens"
+    logprobs: int | None = None
+    if isinstance(body, ChatBody):
+        if body.max_completion_tokens is not None:
+            wanted, param = body.max_completion_tokens, "max_completion_tokens"
+        if body.top_logprobs is not None and not body.logprobs:
+            raise BadRequest("top_logprobs: needs logprobs: true", param="top_logprobs")
+        logprobs = body.top_logprobs or 0 if body.logprobs else None
+        default = room
+    elif isinstance(body, CompletionBody):
+        if body.echo and body.logprobs is not None:
+            raise BadRequest("logprobs: with echo, the prompt's are not supported; leave one out", param="logprobs")
+        logprobs = body.logprobs
+        default = min(_COMPLETION_TOKENS, room)
+    if wanted is not None and wanted > room and tokens < served.engine.max_model_len:
+        raise BadRequest(
+            f"{param}: the prompt has {tokens} tokens and a sequence at most {served.engine.max_model_len}, so "
+            f"expected at most {room}, got {wanted}",
+            param=param,
+        )
+    count = default if wanted is None else wanted
+    vocab = served.engine.model.vocab
+    if body.wants_logits and 4 * vocab * count > _LOGITS_MAX and not body.stream:
+        raise BadRequest(
+            f"kvist.logits: {count} rows of {vocab} are over {_LOGITS_MAX} bytes; stream them, or ask for fewer tokens",
+            param="kvist.logits",
+        )
+    settings = defaults | (_given(body) if given else {})
+    return served.params(max_tokens=count, logprobs=logprobs, logits=body.wants_logits, **settings)

@@ -1,0 +1,260 @@
+"""Request bodies: what may be asked, and the refusal of everything else by name.
+
+Knows JSON and field names. Must not know engines or repositories.
+
+A field that would change the output and that nobody here obeys is refused, never ignored. It passes only with the
+value that asks for nothing (``presence_penalty: 0``). A few fields that cannot change the output pass with any value.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+from starlette.requests import Request
+
+from kvist.server.errors import BadRequest, BodyTooLarge
+
+BODY_MAX: Final = 32 * 1024 * 1024
+"""Default for the largest body, in bytes."""
+
+_HARMLESS: Final = frozenset(
+    {
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "priority", "request_id",
+    }
+)  # fmt: skip
+_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "add_generation_prompt": (True,),
+    "audio": (),
+    "best_of": (1,),
+    "cache_salt": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Fields that we know and do not obey, with the values that ask for nothing; ``null`` always does."""
+
+_Count = Annotated[int, Meta(ge=1, le=128)]
+_Length = Annotated[int, Meta(ge=0, lt=2**31)]
+_Tops = Annotated[int, Meta(ge=0, le=20)]
+_Id = Annotated[int, Meta(ge=0, lt=2**32)]
+_Stop = Annotated[str, Meta(min_length=1)]
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    """How to stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Transfer(Struct, forbid_unknown_fields=True):
+    """Which sequence of which snapshot to continue; ``sequence`` may be left out where there is only one."""
+
+    snapshot: str
+    sequence: str | None = None
+
+
+class Extensions(Struct, forbid_unknown_fields=True):
+    """What only kvist offers."""
+
+    logits: bool = False
+
+
+class GenerationBody(Struct, forbid_unknown_fields=True, kw_only=True):
+    """What completions and chat completions have in common; ``None``: not given."""
+
+    model: str | None = None
+    n: _Count | None = None
+    max_tokens: _Length | None = None
+    temperature: Annotated[float, Meta(ge=0, lt=1e4)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
+    seed: int | None = None
+    stop: _Stop | Annotated[list[_Stop], Meta(max_length=64)] | None = None
+    stop_token_ids: list[_Id] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    kv_transfer_params: Transfer | None = None
+    kvist: Extensions | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings, none to many."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_logits(self) -> bool:
+        """Whether every row of logits is to be sent."""
+        return self.kvist is not None and self.kvist.logits
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[str | _Id | list[_Id]] | None = None
+    echo: bool | None = None
+    logprobs: _Tops | None = None
+    add_special_tokens: bool | None = None
+
+
+class TextPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """A part of a message; only text has a meaning here."""
+
+    text: str
+
+
+class Message(Struct, forbid_unknown_fields=True):
+    """One message of a chat."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: None = None
+
+    @property
+    def text(self) -> str:
+        """Its parts joined."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    max_completion_tokens: _Length | None = None
+    logprobs: bool | None = None
+    top_logprobs: _Tops | None = None
+
+
+class SnapshotBody(Struct, forbid_unknown_fields=True):
+    """``POST /v1/processfork/snapshot``."""
+
+    name: str | None = None
+    request_id: str | None = None
+    sequence: str | None = None
+    message: str = ""
+    branch: str | None = None
+    parents: list[str] | None = None
+
+
+class ForkBody(Struct, forbid_unknown_fields=True):
+    """``POST /v1/processfork/fork``."""
+
+    cid: str
+    n: int = 1
+    name: str | None = None
+
+
+class CheckoutBody(Struct, forbid_unknown_fields=True):
+    """``POST /v1/processfork/checkout``."""
+
+    cid: str
+    sequences: list[str] | None = None
+
+
+_Body = TypeVar("_Body", bound=Struct)
+_PATH: Final = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
+_FIELD: Final = re.compile(r"(?:unknown|missing required) field `([^`]*)`")
+
+
+async def read_body(request: Request, body: type[_Body], limit: int) -> _Body:
+    """Read and decode a request's JSON body; an empty one counts as ``{}``.
+
+    Raises:
+        BodyTooLarge: over ``limit`` bytes.
+        BadRequest: not JSON, or not such a body; names the field.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise BodyTooLarge(f"expected a body of at most {limit} bytes, got {announced}")
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > limit:
+            raise BodyTooLarge(f"expected a body of at most {limit} bytes, got more")
+    return decode(bytes(data), body)
+
+
+def decode(data: bytes, body: type[_Body]) -> _Body:
+    """Decode a body; see `read_body`."""
+    try:
+        document = msgspec.json.decode(data or b"{}")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise BadRequest(f"the body must be a JSON object, got {type(document).__name__}")
+    if issubclass(body, GenerationBody):
+        document = _without_neutral(document, body.__struct_fields__)
+    try:
+        return msgspec.convert(document, body)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from None
+
+
+def _without_neutral(document: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    kept = {}
+    for name, value in document.items():
+        if name in known:
+            kept[name] = value
+        elif name in _HARMLESS:
+            continue
+        elif name not in _NEUTRAL:
+            raise BadRequest(f"unknown parameter {name!r:.200}", param=name[:200])
+        elif not _asks_for_nothing(name, value):
+            raise BadRequest(
+                f"{name} is not supported, and changes the output: expected it to be left out, got {value!r:.120}",
+                param=name,
+            )
+    return kept
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    # In Python 0 == False; a field that takes numbers must not take booleans for them.
+    return value is None or any(
+        value == ok and isinstance(value, bool) == isinstance(ok, bool) for ok in _NEUTRAL[name]
+    )
+
+
+def _explain(message: str) -> BadRequest:
+    path = _PATH.search(message)
+    where = path[1] if path else ""
+    field = _FIELD.search(message)
+    param = ".".join(filter(None, (where, field[1] if field else "")))
+    reason = message[: path.start()] if path else message
+    return BadRequest(f"{param or 'the body'}: {reason[:1].lower()}{reason[1:]}", param=param or None)
