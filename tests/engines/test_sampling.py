@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,11 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.engines.hf import Engine, SamplingParams
+from kvist.engines.hf import Engine, SamplingParams, StepOutput
 from kvist.engines.hf.sampling import choose, log_probabilities, most_likely, uniform
+from kvist.engines.hf.sequence import Event
 from kvist.errors import InvalidInput
 
-from .driving import params, prompt, run
+from .driving import params, prompt, run, trace
 
 Load = Callable[..., Engine]
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.1], dtype=np.float32))
@@ -111,3 +113,40 @@ def test_logprobs_are_the_models(load: Load) -> None:
     quiet = engine.submit(prompt(10), SamplingParams(max_tokens=1)).result()[0]
     assert (quiet.top, quiet.logits) == ((), None)
     assert output.logits.dtype == np.float32
+
+
+def test_a_sequence_finished_by_its_listener_goes_on_as_if_it_had_not(load: Load) -> None:
+    """What a server does at a stop string: the token in hand is the last, and the draws go on from there."""
+    engine, ids = load(), prompt(10)
+    whole = run(engine, ids, 12, temperature=1.0, seed=5)
+    seen: list[StepOutput] = []
+    over = threading.Event()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepOutput):
+            seen.append(event)
+            if len(seen) == 4:
+                request.finish()
+        else:
+            over.set()
+
+    with engine.exclusive():  # so that `request` is bound before the first token
+        request = engine.submit(ids, params(12, temperature=1.0, seed=5), sequence_id="cut", on_step=listen)
+    over.wait()
+    assert request.finish_reason == "stop"
+    assert trace(seen) + run(engine, [], 8, resume="cut") == whole
+
+
+def test_a_resumed_sequence_can_change_its_parameters(load: Load) -> None:
+    engine, ids = load(), prompt(10)
+    whole = run(engine, ids, 12, temperature=1.0, seed=5)
+    run(engine, ids, 5, temperature=1.0, seed=5, sequence_id="trunk")
+    known = ids + whole.tokens[:5]
+    greedy = engine.submit([], params(7), resume="trunk", override={"temperature": 0.0}).result()
+    assert trace(greedy) == run(engine, known, 7)
+    same = engine.submit([], params(7), resume="trunk", override={"temperature": 1.0}).result()
+    assert [output.token_id for output in same] == whole.tokens[5:], "the draws go on"
+    reseeded = engine.submit([], params(7), resume="trunk", override={"seed": 6}).result()
+    assert trace(reseeded) == run(engine, known, 7, temperature=1.0, seed=6)
+    with pytest.raises(InvalidInput, match="temperature"):
+        engine.submit([], params(7), resume="trunk", override={"temperature": -1.0})

@@ -239,3 +239,14 @@ def test_many_at_once(own: Api) -> None:
         assert {drop.status_code for drop in drops} <= {200, 404}
     assert len(set(map(tuple, futures))) == 1
     own.engine.check_integrity()
+
+
+def test_a_sequence_ended_by_a_stop_string_goes_on_with_its_draws(own: Api) -> None:
+    whole = own.complete(PROMPT, max_tokens=24, **SAMPLED)["choices"][0]
+    stop = whole["text"][6:9]
+    first = own.complete(PROMPT, max_tokens=24, stop=[stop], **SAMPLED)
+    ids = first["choices"][0]["token_ids"]
+    assert first["choices"][0]["finish_reason"] == "stop"
+    assert len(ids) < 24
+    transfer = {"snapshot": own.fork("snapshot", request_id=first["id"])["cid"]}
+    assert ids + own.tokens(None, max_tokens=24 - len(ids), kv_transfer_params=transfer) == whole["token_ids"]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
+from kvist.cli.invocation import Invocation, common
 
-@click.command()
+
+@click.command(short_help="Serve a model with an OpenAI-compatible API.")
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Model directory.")
-@click.option("--store", required=True, envvar="KVIST_STORE", help="Store url or path; made if absent.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
@@ -26,9 +27,10 @@ import click
     show_default=True,
     type=click.Choice(["critical", "error", "warning", "info", "debug"]),
 )
+@common
 def serve(
+    run: Invocation,
     model: Path,
-    store: str,
     host: str,
     port: int,
     device: str,
@@ -42,15 +44,15 @@ def serve(
 ) -> None:
     """Serve a model with an OpenAI-compatible API, and snapshot, fork and check out its KV cache.
 
-    Prints one line on stderr when it is ready. SIGTERM or Ctrl-C ends it.
+    The repository is made if there is none. Prints one line on stderr when it is ready. SIGTERM or Ctrl-C ends it.
     """
     # Imported here: torch alone takes seconds, and `kvist --help` must not wait for it.
     from kvist.repo import Repository
     from kvist.server import Tokenizer, bind, create_app, url_of
-    from kvist.server import serve as run
+    from kvist.server import serve as serve_app
 
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with Repository.open(store, create=True) as repo, bind(host, port) as listener:
+    with Repository.open(run.store_url, create=True) as repo, bind(host, port) as listener:
         from kvist.engines.hf import Engine, HfPager, SamplingParams
 
         engine = Engine.load(
@@ -71,4 +73,4 @@ def serve(
                 name = engine.layout.model
                 click.echo(f"kvist serving {name} at {url_of(listener)} (store {repo.store.url})", err=True)
 
-            run(app, listener, log_level=log_level, ready=ready, end_streams=engine.close)
+            serve_app(app, listener, log_level=log_level, ready=ready, end_streams=engine.close)

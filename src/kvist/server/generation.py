@@ -8,10 +8,9 @@ Tokens become text on the engine's thread, so that a stop string ends its sequen
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,12 +34,14 @@ class Start:
         resume: a sequence in the engine to continue with its generator, of which ``token_ids`` are the ids and
             ``extra`` more; ``None`` for a new one.
         extra: how many of ``token_ids`` the resumed sequence does not have.
+        override: sampling parameters that the resumed sequence does not keep.
     """
 
     token_ids: Sequence[int]
     params: SamplingParams
     resume: str | None = None
     extra: int = 0
+    override: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -88,20 +89,23 @@ class Choice:
     ) -> None:
         self.index, self.sequence_id, self.start = index, sequence_id, start
         self.request: Request | None = None
-        self._engine: Engine | None = None
         self._submitted = threading.Event()
         self._text = Detokenizer(decode, start.token_ids)
         self._stops = StopStrings(stops)
         self._deliver = deliver
-        self._generated: list[int] = []
         self._length = 0
 
     def submit(self, engine: Engine) -> None:
         """Queue it; raises what `Engine.submit` raises."""
-        start, self._engine = self.start, engine
+        start = self.start
         ids = start.token_ids[len(start.token_ids) - start.extra :] if start.resume else start.token_ids
         self.request = engine.submit(
-            ids, start.params, sequence_id=self.sequence_id, resume=start.resume, on_step=self._on_event
+            ids,
+            start.params,
+            sequence_id=self.sequence_id,
+            resume=start.resume,
+            override=start.override,
+            on_step=self._on_event,
         )
         self._submitted.set()
 
@@ -120,47 +124,21 @@ class Choice:
 
     def _on_token(self, step: StepOutput) -> None:
         new = self._text.push(step.token_id)
-        self._generated.append(step.token_id)
         piece = Piece(self.index, self._stops.push(new), [step], [self._length])
         self._length += len(new)
         self._deliver(piece)
         if self._stops.found is not None:
-            self._handle().cancel()
+            self._handle().finish()
 
     def _on_end(self, reason: str | None) -> None:
         text = self._stops.push(self._text.flush()) + self._stops.flush()
-        if self._stops.found is None:
-            self._deliver(Piece(self.index, text, finish_reason="abort" if reason == "cancelled" else reason))
-        elif reason != "cancelled":  # the engine finished it in the same step: it is resident
-            self._deliver(Piece(self.index, text, finish_reason="stop"))
-        else:
-            try:
-                self._keep()
-            except Exception as error:  # the client waits for the end, whatever happens here
-                self._on_kept(error)
+        self._deliver(Piece(self.index, text, finish_reason="abort" if reason == "cancelled" else reason))
 
     def _handle(self) -> Request:
         """The engine's handle; the first events may come before `submit` has returned it on its own thread."""
         self._submitted.wait()
         assert self.request is not None
         return self.request
-
-    def _keep(self) -> None:
-        """Put the sequence, cancelled at a stop string, back as a finished one, so that it can be captured.
-
-        The engine drops what is cancelled; computing nothing after the same ids finds their full pages in the prefix
-        cache. The generator's draws cannot be handed over, so a later continuation draws from a seed derived here.
-        """
-        assert self._engine is not None
-        ids = [*self.start.token_ids, *self._generated]
-        params = self.start.params
-        seed = derived_seed(params.seed or 0, len(ids))
-        params = dataclasses.replace(params, max_tokens=0, seed=seed, logprobs=None, logits=False)
-        self._engine.submit(ids, params, sequence_id=self.sequence_id, on_step=self._on_kept)
-
-    def _on_kept(self, _: object) -> None:
-        # Also after an error: the text is complete, but a capture will not find the sequence.
-        self._deliver(Piece(self.index, finish_reason="stop"))
 
 
 class Generation:

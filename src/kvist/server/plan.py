@@ -140,19 +140,19 @@ def _start(served: Served, body: GenerationBody, ids: list[int], session: Sessio
         return Start(ids, replace(params, seed=seed))
     known = session.sequence.token_ids
     whole = _continued(known, ids, session, _field(body))
-    state = session.sequence.state.get("sampling")
-    state = state if isinstance(state, dict) else {}  # the engine refuses any other when it resumes
-    before = _params(served, body, len(whole), given=False).with_state(state)
-    params = replace(before, **_given(body))
+    override = _given(body)
     if body.seed is not None:
-        params = replace(params, seed=(body.seed + number) % SEEDS)
-    if params == before and (number == 0 or params.temperature == 0):
-        return Start(whole, params, session.engine_id, len(whole) - len(known))
-    if params.seed == before.seed:
-        # New parameters: a resumed sequence would keep its old ones. Its pages are found by their ids just as well;
-        # its draws are not, so they come from a seed derived from its own.
-        params = replace(params, seed=derived_seed(before.seed or 0, len(whole), number))
-    return Start(whole, params)
+        override["seed"] = (body.seed + number) % SEEDS
+    elif number:  # the first choice goes on with the sequence's draws; the others branch off
+        override["seed"] = derived_seed(_seed(session), len(whole), number)
+    return Start(whole, _params(served, body, len(whole)), session.engine_id, len(whole) - len(known), override)
+
+
+def _seed(session: Session) -> int:
+    """Of a sequence's generator; 0 where its state has none."""
+    sampling = session.sequence.state.get("sampling")
+    seed = sampling.get("seed") if isinstance(sampling, dict) else None
+    return seed if isinstance(seed, int) else 0
 
 
 def _continued(known: Sequence[int], ids: list[int], session: Session, param: str) -> list[int]:
@@ -178,9 +178,7 @@ def _given(body: GenerationBody) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _params(
-    served: Served, body: GenerationBody, tokens: int, *, given: bool = True, **defaults: Any
-) -> SamplingParams:
+def _params(served: Served, body: GenerationBody, tokens: int, **defaults: Any) -> SamplingParams:
     room = max(served.engine.max_model_len - tokens, 1)
     wanted, param = body.max_tokens, "max_tokens"
     logprobs: int | None = None
@@ -209,5 +207,5 @@ def _params(
             f"kvist.logits: {count} rows of {vocab} are over {_LOGITS_MAX} bytes; stream them, or ask for fewer tokens",
             param="kvist.logits",
         )
-    settings = defaults | (_given(body) if given else {})
+    settings = defaults | _given(body)
     return served.params(max_tokens=count, logprobs=logprobs, logits=body.wants_logits, **settings)

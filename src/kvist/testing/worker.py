@@ -41,7 +41,7 @@ class Worker:
         """
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self._log: IO[bytes] = tempfile.TemporaryFile()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by the worker's end
         command = [sys.executable, "-m", "kvist", "serve", "--model", str(model), "--store", store]
         self._process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port), *options],

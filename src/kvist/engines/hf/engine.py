@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Ids
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -261,6 +261,7 @@ class Engine:
         *,
         sequence_id: str | None = None,
         resume: str | None = None,
+        override: Mapping[str, Any] | None = None,
         on_step: Callable[[Event], None] | None = None,
     ) -> Request:
         """Queue a sequence.
@@ -273,6 +274,7 @@ class Engine:
                 moves to the new one when that starts.
             resume: name of a sequence to go on from, exactly as if it had not stopped. It stays as it is, and can be
                 continued many times: this makes forks.
+            override: with ``resume``: other sampling parameters to change, by name. The draws go on, unless the seed is new.
             on_step: called on the engine's thread with each `StepOutput`, and at the end with ``None`` or the
                 exception; instead of iterating the request. Must be quick. If it raises, the request ends.
 
@@ -292,7 +294,7 @@ class Engine:
                 source = scheduler.find(resume)
                 if source is None:
                     raise NotFound(f"no sequence {resume!r} in the engine to resume: it was evicted, or never was")
-                seq = continuation(source, params)
+                seq = continuation(source, params, override or {})
             seq.token_ids += extra
         if not seq.token_ids:
             raise InvalidInput("expected a prompt of at least one token, got none")

@@ -160,7 +160,12 @@ class Scheduler:
             logits=logits if params.logits else None,
             finish_reason=reason,
         )
-        return request.deliver(output) if reason is None else self._finish(seq, reason, output)
+        if reason is not None:
+            return self._finish(seq, reason, output)
+        request.deliver(output)
+        if request.finishing:
+            self._finish(seq, "stop")
+        return None
 
     def _finish(self, seq: Sequence, reason: FinishReason, *last: StepOutput) -> None:
         """Make the sequence resident, and only then say that it ended: who hears it may use its name at once."""

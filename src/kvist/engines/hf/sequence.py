@@ -6,8 +6,8 @@ Knows tokens, tables and queues. Must not know models, pools or scheduling.
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kvist.engines.hf.sampling import Row, SamplingParams
@@ -57,6 +57,7 @@ class Request:
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.cancelled = False
+        self.finishing = False
         self._on_step = on_step
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ended = False
@@ -64,6 +65,10 @@ class Request:
     def cancel(self) -> None:
         """Ask the engine to end the sequence before its next step, and to give up its pages. It may be over already."""
         self.cancelled = True
+
+    def finish(self) -> None:
+        """From ``on_step`` only: end the sequence after the token in hand, as a stop token would; it stays resident."""
+        self.finishing = True
 
     def deliver(self, event: Event) -> None:
         """Hand ``event`` to the caller; the engine's side of the request."""
@@ -161,12 +166,13 @@ def restored(seq: LogicalSeq, page_size: int) -> Sequence:
     )
 
 
-def continuation(source: Sequence, params: SamplingParams) -> Sequence:
+def continuation(source: Sequence, params: SamplingParams, override: Mapping[str, Any]) -> Sequence:
     """A nameless sequence that goes on where ``source`` is, with its generator.
 
     Args:
         source: stays as it is.
         params: its ``max_tokens``, ``logprobs`` and ``logits`` count; the rest comes from the source's state.
+        override: other parameters to change, by name; a new seed begins with its first draw.
 
     Raises:
         InvalidInput: the source has no token ids, or its state cannot be read.
@@ -181,8 +187,8 @@ def continuation(source: Sequence, params: SamplingParams) -> Sequence:
     return Sequence(
         id="",
         token_ids=list(source.token_ids),
-        params=params.with_state(sampling),
+        params=replace(params.with_state(sampling), **override),
         prompt_tokens=prompt_tokens,
-        draws=draws,
+        draws=0 if "seed" in override else draws,
         parent=source.id,
     )
