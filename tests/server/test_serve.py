@@ -21,7 +21,7 @@ from kvist.server import Server, bind, create_app, url_of
 
 from .conftest import Api, error_of, running
 
-COMMAND = [sys.executable, "-c", "from kvist.cli.serve import serve; serve()"]
+COMMAND = [sys.executable, "-m", "kvist", "serve"]
 
 
 def start(model_dir: Path, *options: str, **env: str) -> subprocess.Popen[str]:
