@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-import httpx2
 
 from kvist.cli.invocation import Invocation, common
 from kvist.cli.output import Table
@@ -279,7 +278,7 @@ def _neighbours(worker: Worker, count: int) -> Iterator[None]:
     def stream(number: int) -> None:
         body = {"model": "model", "prompt": [5 + number] * (20 + number), "max_tokens": 4000, "ignore_eos": True}
         body |= {"stream": True, "temperature": 1.0, "seed": number}
-        with httpx2.stream("POST", f"{worker.url}/v1/completions", json=body, timeout=None) as answer:
+        with worker.http.stream("POST", "/v1/completions", json=body) as answer:
             for i, _ in enumerate(answer.iter_lines()):
                 if i == 0:
                     begun.release()

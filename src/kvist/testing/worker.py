@@ -28,6 +28,7 @@ class Worker:
 
     Attributes:
         url: where it answers, ``http://127.0.0.1:<port>``.
+        http: a client for it, to be used from any thread.
         pid: its process.
     """
 
@@ -41,6 +42,7 @@ class Worker:
         """
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx2.Client(base_url=self.url, timeout=None, limits=httpx2.Limits(max_connections=None))
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by the worker's end
         command = [sys.executable, "-m", "kvist", "serve", "--model", str(model), "--store", store]
         self._process = subprocess.Popen(
@@ -62,13 +64,14 @@ class Worker:
             if self._process.poll() is not None:
                 break
             try:
-                if httpx2.get(f"{self.url}/health").status_code == 200:
+                if self.http.get("/health").status_code == 200:
                     return self
             except httpx2.TransportError:
                 time.sleep(_BOOT_INTERVAL)
-        self.kill()
         self._log.seek(0)
-        raise EngineError(f"the worker did not come up:\n{self._log.read().decode(errors='replace')}")
+        said = self._log.read().decode(errors="replace")
+        self.kill()
+        raise EngineError(f"the worker did not come up:\n{said}")
 
     def kill(self) -> None:
         """SIGKILL: no handler runs, nothing is flushed."""
@@ -84,7 +87,7 @@ class Worker:
         Raises:
             EngineError: any status but 200; the message is the answer.
         """
-        answer = httpx2.post(self.url + path, json=body, timeout=None)
+        answer = self.http.post(path, json=body)
         if answer.status_code != 200:
             raise EngineError(f"POST {path}: status {answer.status_code}: {answer.text}")
         result: dict[str, Any] = answer.json()
@@ -94,13 +97,14 @@ class Worker:
         if self._process.poll() is None:
             self._process.send_signal(number)
             self._process.wait()
+        self.http.close()
+        self._log.close()
 
     def __enter__(self) -> Self:
         return self.wait()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self._log.close()
 
 
 def _free_port() -> int:

@@ -274,7 +274,8 @@ class Engine:
                 moves to the new one when that starts.
             resume: name of a sequence to go on from, exactly as if it had not stopped. It stays as it is, and can be
                 continued many times: this makes forks.
-            override: with ``resume``: other sampling parameters to change, by name. The draws go on, unless the seed is new.
+            override: with ``resume``: other sampling parameters to change, by name. The draws go on, unless the seed
+                is new.
             on_step: called on the engine's thread with each `StepOutput`, and at the end with ``None`` or the
                 exception; instead of iterating the request. Must be quick. If it raises, the request ends.
 
