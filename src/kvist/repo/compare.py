@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvist.repo.manifest import LogicalSeq
+from kvist.repo.manifest import LogicalSeq, Manifest
 from kvist.repo.repository import Repository
 
 
@@ -67,7 +67,6 @@ def diff(repo: Repository, a: str, b: str) -> Diff:
     sizes_b = {digest: m.layout.page_bytes for m in manifests_b for digest in m.digests}
     shared = sizes_a.keys() & sizes_b.keys()
     only_a, only_b = sizes_a.keys() - shared, sizes_b.keys() - shared
-    size = manifests_a[0].layout.page_size_tokens
     return Diff(
         a=cids[0],
         b=cids[1],
@@ -78,12 +77,12 @@ def diff(repo: Repository, a: str, b: str) -> Diff:
         bytes_shared=sum(sizes_a[digest] for digest in shared),
         bytes_only_a=sum(sizes_a[digest] for digest in only_a),
         bytes_only_b=sum(sizes_b[digest] for digest in only_b),
-        sequences=tuple(_sequences(manifests_a[0].sequences, manifests_b[0].sequences, size)),
+        sequences=tuple(_sequences(manifests_a[0], manifests_b[0])),
     )
 
 
-def _sequences(a: Iterable[LogicalSeq], b: Iterable[LogicalSeq], size: int) -> Iterable[SequenceDiff]:
-    by_id_a, by_id_b = {seq.id: seq for seq in a}, {seq.id: seq for seq in b}
+def _sequences(a: Manifest, b: Manifest) -> Iterable[SequenceDiff]:
+    by_id_a, by_id_b = {seq.id: seq for seq in a.sequences}, {seq.id: seq for seq in b.sequences}
     none = LogicalSeq("none", ())
     for name in sorted(by_id_a.keys() | by_id_b.keys()):
         left, right = by_id_a.get(name, none), by_id_b.get(name, none)
@@ -94,8 +93,8 @@ def _sequences(a: Iterable[LogicalSeq], b: Iterable[LogicalSeq], size: int) -> I
             common += 1
         yield SequenceDiff(
             name,
-            len(left.token_ids) or left.cached_tokens(size),
-            len(right.token_ids) or right.cached_tokens(size),
+            len(left.token_ids) or left.cached_tokens(a.layout.page_size_tokens),
+            len(right.token_ids) or right.cached_tokens(b.layout.page_size_tokens),
             common,
         )
 

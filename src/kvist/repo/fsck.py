@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from kvist.errors import KvistError, Locked, NotFound
 from kvist.ids import parse_cid
@@ -17,6 +17,9 @@ from kvist.repo.objects import MANIFESTS, SNAPSHOTS
 from kvist.repo.refs import RefKind
 from kvist.repo.repository import Repository
 from kvist.repo.snapshot import Snapshot
+
+_TRIES: Final = 5
+"""How often a check with findings is repeated because refs moved under it."""
 
 
 class Code(StrEnum):
@@ -79,7 +82,7 @@ class FsckReport:
     @property
     def is_whole(self) -> bool:
         """No finding that touches what a ref reaches."""
-        return not any(finding.affects or finding.code is Code.DAMAGED_LOCK for finding in self.findings)
+        return not any(finding.affects for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-serialisable mapping."""
@@ -96,7 +99,17 @@ def check(
         read_pages: read and hash every page that a snapshot names, instead of only looking it up.
         progress: called with pages read and pages in all.
     """
+    for _ in range(_TRIES - 1):
+        before = _ref_etags(repo)
+        report = _Check(repo, read_pages, progress).run()
+        if report.is_whole or _ref_etags(repo) == before:
+            return report
     return _Check(repo, read_pages, progress).run()
+
+
+def _ref_etags(repo: Repository) -> list[tuple[str, str]]:
+    """Changes when a ref does: what was reachable when a check began may then rightly be gone by its end."""
+    return [(info.key, info.etag) for kind in RefKind for info in repo.store.list(kind.value)]
 
 
 class _Check:
@@ -104,13 +117,14 @@ class _Check:
         self.repo, self.progress = repo, progress
         self.report = FsckReport(read_pages=read_pages)
         self.snapshots: dict[str, Snapshot] = {}
-        self.users: dict[str, set[str]] = {}  # object cid or page digest -> snapshots that need it
+        self.damaged: set[str] = set()  # cids of snapshots
+        self.users: dict[str, set[str]] = {}  # page digest -> snapshots that need it
 
     def run(self) -> FsckReport:
         self.repo.objects.forget()
-        self.repo.pages.refresh()
         reachable = self._walk(self._tips())
         self._strays()
+        self.repo.pages.refresh()  # after the refs were read: what they name was stored before them
         self._manifests(reachable)
         self._segments()
         self._pages()
@@ -133,17 +147,15 @@ class _Check:
                     continue
                 if ref is None or ref.cid is None:
                     continue
-                if self._load(ref.cid):
+                if self._load(ref.cid, subject):
                     tips.append(ref.cid)
-                else:
+                elif ref.cid not in self.damaged:
                     mend = f"kvist {kind.noun} --delete {name}"
-                    self._find(
-                        Code.DANGLING_REF, subject, f"names {ref.cid}, which is missing or damaged", {ref.cid}, mend
-                    )
+                    self._find(Code.DANGLING_REF, subject, f"names {ref.cid}, which is not stored", {ref.cid}, mend)
         return tips
 
-    def _load(self, cid: str) -> bool:
-        """Read a snapshot that something reachable names; say so if it is damaged, not if it is missing."""
+    def _load(self, cid: str, user: str) -> bool:
+        """Read a snapshot that ``user`` names; say so if it is damaged, not if it is missing."""
         if cid in self.snapshots:
             return True
         try:
@@ -151,8 +163,10 @@ class _Check:
         except NotFound:
             return False
         except KvistError as error:
-            if not any(finding.subject == cid for finding in self.report.findings):
-                self._find(Code.DAMAGED_SNAPSHOT, cid, error, {cid}, "delete the refs that name it, then kvist gc")
+            if cid not in self.damaged:
+                self.damaged.add(cid)
+                mend = "delete the refs that reach it, then kvist gc"
+                self._find(Code.DAMAGED_SNAPSHOT, cid, f"{error}; {user} names it", {cid}, mend)
             return False
         return True
 
@@ -166,10 +180,11 @@ class _Check:
                 continue
             reached.add(cid)
             for parent in self.snapshots[cid].parents:
-                if self._load(parent):
+                if self._load(parent, cid):
                     waiting.append(parent)
-                else:
-                    self._find(Code.MISSING_PARENT, parent, f"is a parent of {cid}", {cid})
+                elif parent not in self.damaged:
+                    mend = "pull it from a copy, or delete the refs that reach it"
+                    self._find(Code.MISSING_PARENT, parent, f"is a parent of {cid} and not stored", {cid}, mend)
         return reached
 
     def _strays(self) -> None:
@@ -184,8 +199,9 @@ class _Check:
                 except NotFound:
                     continue
                 except KvistError as error:
-                    if not any(finding.subject == cid for finding in self.report.findings):
-                        self._find(Code.STRAY_OBJECT, info.key, error, mend="no ref reaches it: delete it, or kvist gc")
+                    if cid not in self.damaged:
+                        mend = "no ref reaches it: kvist gc deletes it" if cid else "not one of kvist's: delete it"
+                        self._find(Code.STRAY_OBJECT, info.key, error, mend=mend)
 
     def _manifests(self, reachable: set[str]) -> None:
         users: dict[str, set[str]] = {}
@@ -195,18 +211,18 @@ class _Check:
         for cid, affected in users.items():
             try:
                 manifest = self.repo.objects.manifest(cid)
+                sizes = {digest: self.repo.pages.size(digest) for digest in manifest.digests}
             except NotFound:
                 self._find(Code.MISSING_MANIFEST, cid, "is not stored", affected, "snapshot the session again")
                 continue
             except KvistError as error:
                 self._find(Code.DAMAGED_MANIFEST, cid, error, affected, "snapshot the session again")
                 continue
-            for digest in manifest.digests:
+            for digest, size in sizes.items():
                 self.users.setdefault(digest, set()).update(affected)
-                size = self.repo.pages.size(digest)
                 if size is not None and size != manifest.layout.page_bytes:
                     detail = f"has {size} bytes, manifest {cid} says {manifest.layout.page_bytes}"
-                    self._find(Code.WRONG_PAGE_SIZE, digest, detail, affected)
+                    self._find(Code.WRONG_PAGE_SIZE, digest, detail, affected, "snapshot the session again")
 
     def _segments(self) -> None:
         for key, why in self.repo.pages.broken_segments().items():
@@ -216,11 +232,18 @@ class _Check:
         pages = self.repo.pages
         named = sorted(self.users, key=lambda digest: (pages.homes(digest)[:1], digest))
         self.report.pages = len(named)
-        if self.report.read_pages:
+        bad = (
             pages.verify(named, self.progress)
+            if self.report.read_pages
+            else [digest for digest in named if pages.size(digest) is None]
+        )
+        if bad:
+            pages.refresh()  # a gc may have rewritten their segment meanwhile
+            if self.report.read_pages:
+                bad = pages.verify(bad)
         damaged = {digest for _, digest in pages.damaged_places()}
         mend = "snapshot a session that holds it, or pull it from a copy: the next put heals it"
-        for digest in named:
+        for digest in bad:
             if pages.size(digest) is None:
                 code = Code.DAMAGED_PAGE if digest in damaged else Code.MISSING_PAGE
                 detail = "every copy is damaged" if digest in damaged else "is in no segment"

@@ -6,19 +6,20 @@ Knows reachability and age. The protocol with concurrent writers is in `kvist.re
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from kvist.errors import IntegrityError, KvistError
-from kvist.repo import fsck, lineage, lock
+from kvist.repo import fsck, lineage, lock, marks
 from kvist.repo.objects import MANIFESTS, SNAPSHOTS, manifest_key, snapshot_key
 from kvist.repo.repository import Repository
 from kvist.repo.segment import PREFIX as SEGMENTS
+from kvist.repo.segment import Segment
 from kvist.repo.snapshot import Snapshot
+from kvist.store import ObjectInfo
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class GcPlan:
     """What a gc would do.
 
     Attributes:
-        snapshots: cids to delete.
+        snapshots: cids to delete, children before parents.
         manifests: cids to delete.
         segments: keys of segments that hold no live page, or none that can be read.
         repack: keys of segments whose live pages would be copied to a new one before they are deleted.
@@ -105,26 +106,21 @@ def apply(
     Raises:
         Locked: another gc runs.
     """
-    lock.acquire(repo.store, _condemned(planned), break_lock=break_lock)
+    held = lock.acquire(repo.store, _condemned(planned), break_lock=break_lock)
     try:
-        now = _still_dead(planned, _survey(repo, planned.min_age))
-        keep = [
-            name
-            for segment in repo.pages.segments()
-            if segment.key in now.repack
-            for name in repo.pages.names(segment)
-            if name not in now.lost_pages
-        ]
-        repo.pages.rewrite(keep, progress)
-        # from the top down: a crash in between leaves no object that names a missing one
-        gone_segments = [*now.segments, *now.repack]
+        survey = _survey(repo, planned.min_age, planned)
+        now = survey.plan
+        repo.pages.rewrite(survey.copied, progress)
+        gone = {*now.segments, *now.repack}
+        repo.pages.rewrite(repo.pages.verify(survey.doubled, without=gone))  # the copy that stays may be the bad one
+        # From the top down, children before parents: a crash in between leaves no object that names a missing one.
         repo.store.delete(map(snapshot_key, now.snapshots))
         repo.store.delete(map(manifest_key, now.manifests))
-        repo.store.delete(gone_segments)
-        repo.pages.drop_marks(gone_segments)
+        repo.store.delete(gone)
+        marks.drop_stale(repo.store)
         repo.store.clean(planned.min_age)
     finally:
-        lock.release(repo.store)
+        lock.release(repo.store, held)
         repo.pages.refresh()
         repo.objects.forget()
     return now
@@ -132,13 +128,25 @@ def apply(
 
 @dataclass(frozen=True)
 class _Survey:
-    """A plan, and the digests of all pages that were live when it was made."""
+    """A plan, and what to do before it.
+
+    Attributes:
+        plan: what is dead.
+        copied: pages to copy out of it: digests.
+        doubled: live pages in it of which a copy lies elsewhere.
+    """
 
     plan: GcPlan
-    live_pages: set[str]
+    copied: list[str]
+    doubled: list[str]
 
 
-def _survey(repo: Repository, min_age: float) -> _Survey:
+def _survey(repo: Repository, min_age: float, planned: GcPlan | None = None) -> _Survey:
+    """What is dead now, and was already ``planned``.
+
+    What was not planned counts as alive, with all that it needs: a writer may be about to name it, and what stays in
+    the store must stay whole.
+    """
     report = fsck.check(repo, read_pages=False)
     if not report.is_whole:
         first = next(finding for finding in report.findings if finding.affects)
@@ -147,49 +155,108 @@ def _survey(repo: Repository, min_age: float) -> _Survey:
             hint="kvist fsck",
         )
     before = time.time() - min_age
-    snapshots = dict(repo.objects.snapshots())
-    manifests = dict(repo.objects.manifests())
-    live = _live(repo, [cid for cid, info in snapshots.items() if info.modified > before])
+    announced = None if planned is None else _condemned(planned)
+
+    def may_go(info: ObjectInfo) -> bool:
+        return info.modified <= before and (announced is None or info.key in announced.objects)
+
+    snapshots, manifests = dict(repo.objects.snapshots()), dict(repo.objects.manifests())
+    live = _live(repo, [cid for cid, info in snapshots.items() if not may_go(info)])
     live_manifests = {cid for snapshot in live.values() for cid in snapshot.manifests}
-    live_pages = {digest for cid in live_manifests if cid in manifests for digest in repo.objects.manifest(cid).digests}
-    dead_snapshots = [info for cid, info in snapshots.items() if cid not in live and info.modified <= before]
-    dead_manifests = [info for cid, info in manifests.items() if cid not in live_manifests and info.modified <= before]
-    broken = repo.pages.broken_segments()
-    dead = [info for info in repo.store.list(SEGMENTS) if info.key in broken and info.modified <= before]
-    dead_bytes = sum(info.size for info in (*dead_snapshots, *dead_manifests, *dead))
-    dead_keys = [info.key for info in dead]
-    repack: list[str] = []
-    lost: set[str] = set()
-    copied = kept = 0
-    for segment in repo.pages.segments():
-        names = repo.pages.names(segment)
-        used = {name for name in names if name in live_pages and repo.pages.homes(name)[:1] == [segment.key]}
-        used_bytes = sum(segment.span(entry)[1] for entry, name in enumerate(names) if name in used)
-        if segment.modified > before or used_bytes >= REPACK_BELOW * segment.data_bytes:
-            kept += segment.data_bytes
-            continue
-        dead_bytes += segment.data_bytes
-        if used:
-            repack.append(segment.key)
-            lost |= set(names) - live_pages
-            copied += used_bytes
-        else:
-            dead_keys.append(segment.key)
-    return _Survey(
-        GcPlan(
-            snapshots=tuple("sha256:" + info.key.removeprefix(SNAPSHOTS) for info in dead_snapshots),
-            manifests=tuple("sha256:" + info.key.removeprefix(MANIFESTS) for info in dead_manifests),
-            segments=tuple(dead_keys),
-            repack=tuple(repack),
-            lost_pages=frozenset(lost),
-            delete_bytes=dead_bytes,
-            copy_bytes=copied,
-            kept_snapshots=len(live),
-            kept_bytes=kept,
-            min_age=min_age,
-        ),
-        live_pages,
+    live_manifests |= {cid for cid, info in manifests.items() if not may_go(info)}
+    live_pages = _live_pages(repo, live_manifests & manifests.keys())
+    dead = [snapshots[cid] for cid in _children_first(repo, snapshots.keys() - live.keys())]
+    dead_manifests = [info for cid, info in manifests.items() if cid not in live_manifests]
+    segments = _sort_segments(repo, before, announced, live_pages)
+    moved = dict.fromkeys(name for segment in segments.repack for name in repo.pages.names(segment))
+    lost = frozenset(moved if planned is None else planned.lost_pages) - live_pages
+    gone_keys = {*segments.broken, *(segment.key for segment in segments.gone)}
+    copied = [
+        name for name in moved if name not in lost and (homes := repo.pages.homes(name)) and gone_keys.issuperset(homes)
+    ]
+    plan = GcPlan(
+        snapshots=tuple("sha256:" + info.key.removeprefix(SNAPSHOTS) for info in dead),
+        manifests=tuple("sha256:" + info.key.removeprefix(MANIFESTS) for info in dead_manifests),
+        segments=tuple(sorted(gone_keys.difference(segment.key for segment in segments.repack))),
+        repack=tuple(segment.key for segment in segments.repack),
+        lost_pages=frozenset(lost),
+        delete_bytes=sum(info.size for info in (*dead, *dead_manifests, *segments.broken.values()))
+        + sum(segment.data_bytes for segment in segments.gone),
+        copy_bytes=sum(repo.pages.size(digest) or 0 for digest in copied),
+        kept_snapshots=len(live),
+        kept_bytes=segments.kept_bytes,
+        min_age=min_age,
     )
+    gone = {name for segment in segments.gone for name in repo.pages.names(segment)}
+    return _Survey(plan, copied, sorted((gone & live_pages).difference(copied)))
+
+
+@dataclass
+class _Segments:
+    """What a gc does with the segments.
+
+    Attributes:
+        broken: those to delete that cannot be read, by key.
+        gone: those to delete that can be.
+        repack: of those, the ones whose pages are partly copied first.
+        kept_bytes: bytes of the pages of all others.
+    """
+
+    broken: dict[str, ObjectInfo] = field(default_factory=dict)
+    gone: list[Segment] = field(default_factory=list)
+    repack: list[Segment] = field(default_factory=list)
+    kept_bytes: int = 0
+
+
+def _sort_segments(
+    repo: Repository, before: float, announced: lock.Condemned | None, live_pages: set[str]
+) -> _Segments:
+    """Sort the old segments, all or those that were announced, by how much of them lives.
+
+    One announced as rewritten stays so even if it has died since: writers may rely on its other pages.
+    """
+    found = _Segments()
+    broken = repo.pages.broken_segments()
+    for info in repo.store.list(SEGMENTS):
+        if info.key in broken and info.modified <= before and (announced is None or info.key in announced.segments):
+            found.broken[info.key] = info
+    for segment in repo.pages.segments():
+        used = sum(
+            segment.span(entry)[1]
+            for entry, name in enumerate(repo.pages.names(segment))
+            if name in live_pages and repo.pages.homes(name)[:1] == [segment.key]
+        )
+        is_sparse = segment.modified <= before and used < REPACK_BELOW * segment.data_bytes
+        if is_sparse and not used and (announced is None or segment.key in announced.segments):
+            found.gone.append(segment)
+        elif is_sparse and (announced is None or segment.key in announced.repacked):
+            found.gone.append(segment)
+            found.repack.append(segment)
+        else:
+            found.kept_bytes += segment.data_bytes
+    return found
+
+
+def _live_pages(repo: Repository, manifests: Iterable[str]) -> set[str]:
+    live: set[str] = set()
+    for cid in manifests:
+        try:
+            live.update(repo.objects.manifest(cid).digests)
+        except KvistError as error:  # no ref reaches it: fsck has found what refs reach whole
+            logger.warning("gc cannot read an unnamed manifest: %s", error)
+    return live
+
+
+def _children_first(repo: Repository, cids: Iterable[str]) -> list[str]:
+    """Dead snapshots in the order of their deletion."""
+    readable: dict[str, Snapshot] = {}
+    damaged: list[str] = []
+    for cid in cids:
+        try:
+            readable[cid] = repo.objects.snapshot(cid)
+        except KvistError:
+            damaged.append(cid)
+    return sorted(damaged) + lineage.newest_first(readable)
 
 
 def _live(repo: Repository, young: Iterable[str]) -> dict[str, Snapshot]:
@@ -219,20 +286,4 @@ def _condemned(planned: GcPlan) -> lock.Condemned:
         segments=frozenset(planned.segments),
         repacked=frozenset(planned.repack),
         pages=planned.lost_pages,
-    )
-
-
-def _still_dead(planned: GcPlan, now: _Survey) -> GcPlan:
-    """The part of a plan that a later survey confirms.
-
-    A segment announced as rewritten stays so even if it has died since: writers may rely on its other pages.
-    """
-    gone = {*now.plan.segments, *now.plan.repack}
-    return dataclasses.replace(
-        now.plan,
-        snapshots=tuple(cid for cid in planned.snapshots if cid in now.plan.snapshots),
-        manifests=tuple(cid for cid in planned.manifests if cid in now.plan.manifests),
-        segments=tuple(key for key in planned.segments if key in now.plan.segments),
-        repack=tuple(key for key in planned.repack if key in gone),
-        lost_pages=planned.lost_pages - now.live_pages,
     )

@@ -3,16 +3,19 @@
 Writers take no lock. A writer *publishes, then looks*: it makes its snapshot reachable, then reads this record. A gc
 *announces, then looks*: it writes this record, then asks again what is reachable, and deletes only what still is not.
 Whichever came second sees the other, so no page that a published snapshot needs is deleted unseen; no clock is
-involved (docs/adr/0006).
+involved (docs/adr/0006). A writer that looks before it publishes as well gains no safety while it lives; but then only
+the rarest meeting makes it take back what it published, and only that meeting matters if it dies in between.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from kvist.errors import AlreadyExists, Conflict, InvalidManifest, Locked, NotFound
@@ -20,6 +23,7 @@ from kvist.repo.manifest import canonical_json, parse_json
 from kvist.store import Match, Store
 
 KEY: Final = "locks/gc"
+_LISTS: Final = ("objects", "segments", "repacked", "pages")
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class Holder:
 
     @property
     def is_dead(self) -> bool:
-        """Whether it surely is: a process of this host that is gone."""
-        if self.host != socket.gethostname():
+        """Whether it surely is: a process of this host, and of the same process numbering, that is gone."""
+        if self.host != _host():
             return False
         try:
             os.kill(self.pid, 0)
@@ -65,6 +69,23 @@ class Holder:
         except PermissionError:
             return False
         return False
+
+
+def _host() -> str:
+    """Whose process numbers ours are: containers of one pod share a host name, and each counts from 1."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    return socket.gethostname()
+
+
+def condemned(store: Store) -> Condemned:
+    """What a running gc has announced; nothing if none runs, or if it died and can delete no more.
+
+    Raises:
+        Locked: as `holder`.
+    """
+    found = holder(store)
+    return Condemned() if found is None or found.is_dead else found.condemned
 
 
 def holder(store: Store) -> Holder | None:
@@ -78,16 +99,20 @@ def holder(store: Store) -> Holder | None:
         return None
     try:
         record = parse_json(store.get(KEY), KEY)
-        lists = {name: frozenset(record[name]) for name in ("objects", "segments", "repacked", "pages")}
-        return Holder(record["host"], record["pid"], record["started"], info.etag, Condemned(**lists))
+        lists = {name: frozenset(record[name]) for name in _LISTS}
+        found = Holder(record["host"], record["pid"], record["started"], info.etag, Condemned(**lists))
+        if not (isinstance(found.host, str) and type(found.pid) is int and 0 < found.pid < 2**31):
+            raise InvalidManifest(f"{KEY}: expected a host and a process, got {found.host!r:.80} and {found.pid!r:.80}")
+        time.ctime(found.started)
+        return found
     except NotFound:
         return None
-    except (InvalidManifest, KeyError, TypeError) as error:
+    except (InvalidManifest, KeyError, TypeError, ValueError, OverflowError) as error:
         raise Locked(f"the gc lock {KEY} is unreadable: {error}", hint="kvist gc --break-lock") from None
 
 
-def acquire(store: Store, condemned: Condemned, *, break_lock: bool = False) -> None:
-    """Announce a gc.
+def acquire(store: Store, condemned: Condemned, *, break_lock: bool = False) -> str:
+    """Announce a gc; returns the record's etag, for `release`.
 
     A lock whose holder is a dead process of this host is taken over.
 
@@ -101,20 +126,16 @@ def acquire(store: Store, condemned: Condemned, *, break_lock: bool = False) -> 
     """
     data = _encode(condemned)
     try:
-        store.put(KEY, data, mode="create")
-        return
+        return store.put(KEY, data, mode="create")
     except AlreadyExists:
         if break_lock:
-            store.put(KEY, data)
-            return
+            return store.put(KEY, data)
     found = holder(store)
     try:
         if found is not None and found.is_dead:
-            store.put(KEY, data, mode=Match(found.etag))
-            return
+            return store.put(KEY, data, mode=Match(found.etag))
         if found is None:
-            store.put(KEY, data, mode="create")
-            return
+            return store.put(KEY, data, mode="create")
     except (Conflict, AlreadyExists):
         found = holder(store)
     who = (
@@ -123,13 +144,13 @@ def acquire(store: Store, condemned: Condemned, *, break_lock: bool = False) -> 
     raise Locked(f"a gc by {who} holds the lock", hint="if it is surely dead: kvist gc --break-lock")
 
 
-def release(store: Store) -> None:
-    """Withdraw the announcement."""
-    store.delete([KEY])
+def release(store: Store, etag: str) -> None:
+    """Withdraw the announcement, unless somebody broke the lock and holds it now."""
+    info = store.head(KEY)
+    if info is not None and info.etag == etag:
+        store.delete([KEY])
 
 
 def _encode(condemned: Condemned) -> bytes:
-    record: dict[str, Any] = {
-        name: sorted(getattr(condemned, name)) for name in ("objects", "segments", "repacked", "pages")
-    }
-    return canonical_json(record | {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()})
+    record: dict[str, Any] = {name: sorted(getattr(condemned, name)) for name in _LISTS}
+    return canonical_json(record | {"host": _host(), "pid": os.getpid(), "started": time.time()})

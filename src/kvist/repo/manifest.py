@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn, Self
 
-from kvist.errors import InvalidInput, InvalidManifest, InvalidName
+from kvist.errors import InvalidInput, InvalidManifest
 from kvist.hashing import sha256_cid
 from kvist.ids import check_name, parse_digest
 from kvist.layout import Layout
@@ -86,7 +87,8 @@ class Manifest:
         numerics: what besides the layout decided the bits; compared, never interpreted.
 
     Raises:
-        InvalidManifest: duplicate or dangling indices, a bad fill, fewer token ids than cached tokens, bad digests.
+        InvalidManifest: duplicate or dangling indices, a bad fill, fewer token ids than cached tokens, bad digests,
+            state or numerics that are not what reading their JSON gives back.
     """
 
     layout: Layout
@@ -95,14 +97,22 @@ class Manifest:
     numerics: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        pages = tuple(sorted(self.pages, key=lambda page: page.ix))
-        sequences = tuple(sorted(self.sequences, key=lambda seq: seq.id.encode()))
-        object.__setattr__(self, "pages", pages)
-        object.__setattr__(self, "sequences", sequences)
-        if pages and not self.layout.page_bytes:
-            raise InvalidManifest(f"manifest: {len(pages)} pages under a layout whose pages hold no bytes")
-        _check_pages(pages)
-        _check_sequences(sequences, {page.ix for page in pages}, self.layout.page_size_tokens)
+        try:
+            for seq in self.sequences:
+                check_name(seq.id)
+            pages = tuple(sorted(self.pages, key=lambda page: _u32(page.ix, "page ix")))
+            sequences = tuple(sorted(self.sequences, key=lambda seq: seq.id))  # ids are ASCII
+            object.__setattr__(self, "pages", pages)
+            object.__setattr__(self, "sequences", sequences)
+            if pages and not self.layout.page_bytes:
+                raise InvalidManifest(f"manifest: {len(pages)} pages under a layout whose pages hold no bytes")
+            _check_pages(pages)
+            _check_sequences(sequences, {page.ix for page in pages}, self.layout.page_size_tokens)
+            _check_json(self.numerics, "numerics")
+        except InvalidManifest:
+            raise
+        except InvalidInput as error:
+            raise InvalidManifest(f"manifest: {error}") from None
 
     @classmethod
     def decode(cls, data: bytes | memoryview) -> Self:
@@ -125,22 +135,20 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The canonical bytes: sorted keys, no spaces, UTF-8."""
-        document: dict[str, Any] = {
-            "layout": FORMAT,
-            **{name: getattr(self.layout, name) for name in _GEOMETRY},
-            "pages": [_write_page(page) for page in self.pages],
-            "logical_seqs": [_write_sequence(seq) for seq in self.sequences],
-            "kvist": {
-                "version": 1,
-                **{name: getattr(self.layout, name) for name in _IDENTITY},
-                "fingerprint": self.layout.fingerprint,
-                "numerics": dict(self.numerics),
-            },
-        }
-        try:
-            return canonical_json(document)
-        except (TypeError, ValueError) as error:
-            raise InvalidManifest(f"manifest: state or numerics cannot be written as JSON: {error}") from None
+        return canonical_json(
+            {
+                "layout": FORMAT,
+                **{name: getattr(self.layout, name) for name in _GEOMETRY},
+                "pages": [_write_page(page) for page in self.pages],
+                "logical_seqs": [_write_sequence(seq) for seq in self.sequences],
+                "kvist": {
+                    "version": 1,
+                    **{name: getattr(self.layout, name) for name in _IDENTITY},
+                    "fingerprint": self.layout.fingerprint,
+                    "numerics": dict(self.numerics),
+                },
+            }
+        )
 
     @functools.cached_property
     def cid(self) -> str:
@@ -156,12 +164,15 @@ class Manifest:
 
     @property
     def tokens(self) -> int:
-        """Tokens whose KV the pages hold, each page counted once however many sequences share it."""
+        """Tokens whose KV the pages hold, each page counted once however many sequences share it, by the fullest."""
         size = self.layout.page_size_tokens
-        partial = {
-            seq.page_ixs[-1]: seq.fill_in_last_page for seq in self.sequences if seq.page_ixs and seq.fill_in_last_page
-        }
-        return size * (len(self.pages) - len(partial)) + sum(partial.values())
+        fills: dict[int, int] = {}
+        for seq in self.sequences:
+            for ix in seq.page_ixs[:-1]:
+                fills[ix] = size
+            for ix in seq.page_ixs[-1:]:
+                fills[ix] = max(fills.get(ix, 0), seq.fill_in_last_page or size)
+        return sum(fills.values()) + size * (len(self.pages) - len(fills))
 
     def sequence(self, sequence_id: str) -> LogicalSeq | None:
         """The sequence of that id, or ``None``."""
@@ -178,7 +189,7 @@ def canonical_json(document: Mapping[str, Any]) -> bytes:
 
 
 def parse_json(data: bytes | memoryview, what: str) -> dict[str, Any]:
-    """Parse one JSON object strictly: UTF-8, no duplicate keys, no NaN.
+    """Parse one JSON object strictly: UTF-8, no duplicate keys, no NaN or infinity, no half of a surrogate pair.
 
     Raises:
         InvalidManifest: naming ``what`` and the reason.
@@ -193,8 +204,15 @@ def parse_json(data: bytes | memoryview, what: str) -> dict[str, Any]:
     def no_constant(text: str) -> NoReturn:
         raise InvalidManifest(f"{what}: {text} is not a JSON number")
 
+    def finite(text: str) -> float:
+        number = float(text)
+        return number if math.isfinite(number) else no_constant(text)
+
     try:
-        document = json.loads(bytes(data), object_pairs_hook=unique, parse_constant=no_constant)
+        text = bytes(data).decode()  # json.loads would guess UTF-16 and UTF-32, and let surrogates through
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
+        if "\\u" in text:
+            canonical_json(document)  # fails on half a surrogate pair, which only an escape can hide
     except (ValueError, RecursionError) as error:
         raise InvalidManifest(f"{what}: not JSON: {error}") from None
     if not isinstance(document, dict):
@@ -221,10 +239,6 @@ def _check_sequences(sequences: tuple[LogicalSeq, ...], ixs: set[int], size: int
     previous = None
     for seq in sequences:
         where = f"manifest: sequence {seq.id!r:.80}"
-        try:
-            check_name(seq.id)
-        except InvalidName as error:
-            raise InvalidManifest(f"manifest: sequence id: {error}") from None
         if seq.id == previous:
             raise InvalidManifest(f"{where} occurs twice")
         previous = seq.id
@@ -238,11 +252,25 @@ def _check_sequences(sequences: tuple[LogicalSeq, ...], ixs: set[int], size: int
             raise InvalidManifest(
                 f"{where}: fill_in_last_page must be below {size} (0: full) and 0 without pages, got {fill}"
             )
+        what = f"{where}: token id"
         for token in seq.token_ids:
-            _u32(token, f"{where}: token id")
+            _u32(token, what)
         cached = seq.cached_tokens(size)
         if seq.token_ids and len(seq.token_ids) < cached:
             raise InvalidManifest(f"{where} has {len(seq.token_ids)} token ids for {cached} cached tokens")
+        _check_json(seq.state, f"{where}: state")
+
+
+def _check_json(value: Mapping[str, Any], what: str) -> None:
+    """Refuse what would come back different: number keys, tuples, NaN."""
+    if not value:
+        return
+    try:
+        same = json.loads(canonical_json(value)) == value
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidManifest(f"{what} cannot be written as JSON: {error}") from None
+    if not same:
+        raise InvalidManifest(f"{what} does not read back from JSON as it was: use text keys, and lists for tuples")
 
 
 def _u32(value: object, what: str) -> int:
@@ -264,17 +292,21 @@ def _parse(data: bytes | memoryview) -> dict[str, Any]:
 def _read_document(document: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `Manifest` from a parsed document of any known encoding."""
     ours = _object(document.get("kvist", {}), "kvist")
+    is_ours = "kvist" in document
     required = {"layout", "pages", *_GEOMETRY}
-    if ours:
+    if is_ours:
         required |= {"logical_seqs", "kvist"}
         if ours.get("version") != 1:
             raise InvalidManifest(
                 f"manifest: expected kvist version 1, got {ours.get('version')!r}; a newer kvist wrote it"
             )
         _keys(ours, {"version", "fingerprint", "numerics", *_IDENTITY}, set(), "kvist")
-    _keys(document, required, set() if ours else _FOREIGN_EXTRAS | {"logical_seqs"}, "the document")
-    layout = Layout(**{name: document[name] for name in _GEOMETRY}, **{name: ours[name] for name in _IDENTITY if ours})
-    if ours and ours["fingerprint"] != layout.fingerprint:
+    _keys(document, required, set() if is_ours else _FOREIGN_EXTRAS | {"logical_seqs"}, "the document")
+    if not isinstance(document["dtype"], str):
+        raise InvalidManifest(f"manifest: dtype must be text, got {document['dtype']!r:.80}")
+    identity = {name: ours[name] for name in _IDENTITY} if is_ours else {}
+    layout = Layout(**{name: document[name] for name in _GEOMETRY}, **identity)
+    if is_ours and ours["fingerprint"] != layout.fingerprint:
         raise InvalidManifest(
             f"manifest: expected fingerprint {layout.fingerprint} for its layout, got {ours['fingerprint']!r:.80}"
         )

@@ -45,7 +45,7 @@ class Objects:
         """Store manifests, durably, with one barrier; those that are there and whole are left alone."""
         self._put([(manifest_key(manifest.cid), manifest.encode()) for manifest in manifests])
         for manifest in manifests:
-            self._keep(manifest)
+            self._keep(manifest.cid, manifest)
 
     def put_snapshots(self, snapshots: Sequence[Snapshot]) -> None:
         """Store snapshots, durably, with one barrier."""
@@ -65,7 +65,7 @@ class Objects:
                 self._manifests.move_to_end(cid)
                 return found
         manifest = Manifest.decode(self._get(manifest_key(cid), cid, "manifest"))
-        self._keep(manifest)
+        self._keep(cid, manifest)  # not manifest.cid: a foreign encoding has another than its canonical one
         return manifest
 
     def snapshot(self, cid: str) -> Snapshot:
@@ -122,8 +122,8 @@ class Objects:
             )
         return data
 
-    def _keep(self, manifest: Manifest) -> None:
+    def _keep(self, cid: str, manifest: Manifest) -> None:
         with self._lock:
-            self._manifests[manifest.cid] = manifest
+            self._manifests[cid] = manifest
             while len(self._manifests) > _MANIFESTS_KEPT:
                 self._manifests.popitem(last=False)

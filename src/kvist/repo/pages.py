@@ -10,28 +10,27 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from kvist.errors import DamagedObject, DamagedPage, IntegrityError, InvalidInput, MissingPage, NotFound, StoreError
 from kvist.hashing import DIGESTS, Buffer
 from kvist.ids import format_digest, parse_digest
+from kvist.repo import marks
 from kvist.repo import segment as segments
+from kvist.repo.batch import Batch
 from kvist.repo.segment import Segment
-from kvist.store import ObjectWriter, Range, Store
+from kvist.store import ObjectInfo, Range, Store
 
-DAMAGE: Final = "damaged/"
-SEGMENT_BYTES: Final = 1 << 30
-"""A batch starts a new segment when the current one holds this many bytes of pages."""
 _WINDOW: Final = 2 << 20
 """Bytes a worker reads or hashes at a time: small enough that the second pass finds them in the cache."""
 _THREADS: Final = min(8, os.cpu_count() or 1)
 
 _T = TypeVar("_T")
 _Wanted = tuple[bytes, memoryview]
+_Doomed = Callable[[str, Iterable[str]], bool]
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class PageStore:
         self._lock = threading.RLock()
         self._segments: dict[str, Segment] = {}
         self._places: dict[bytes, list[tuple[Segment, int]]] = {}
-        self._damaged: set[tuple[str, bytes]] = set()
+        self._damaged: set[marks.Mark] = set()
         self._broken: dict[str, str] = {}
         self._workers = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvist-pages")
         self.refresh()
@@ -74,21 +73,34 @@ class PageStore:
     def refresh(self) -> None:
         """Learn of segments and damage that other processes added or removed since."""
         with self._lock:
-            listed = {info.key: info for info in self._store.list(segments.PREFIX)}
-            for key in self._segments.keys() - listed.keys():
-                self._forget(self._segments.pop(key))
-            self._broken = {key: why for key, why in self._broken.items() if key in listed}
-            for key in listed.keys() - self._segments.keys() - self._broken.keys():
-                info = listed[key]
-                try:
-                    self._learn(segments.read_index(self._store, key, info.size, info.modified, self.algorithm))
-                except DamagedObject as error:
-                    self._broken[key] = str(error)
-                    logger.warning("%s; its pages count as missing until they are put again", error)
-                except NotFound:
-                    continue  # deleted by a gc since the listing
-            marks = (info.key.removeprefix(DAMAGE).rpartition("/") for info in self._store.list(DAMAGE))
-            self._damaged = {(segments.PREFIX + name, bytes.fromhex(page)) for name, _, page in marks}
+            known, broken = set(self._segments), set(self._broken)
+        # Not under the lock: a far store takes its time, and readers need the lock. So only what was known before the
+        # listing began can be missing from it for good.
+        listed = {info.key: info for info in self._store.list(segments.PREFIX)}
+        found = list(self._workers.map(self._read_index, [listed[key] for key in listed.keys() - known - broken]))
+        damaged = marks.read(self._store)
+        with self._lock:
+            for key in known - listed.keys():
+                self._drop(key)
+            for key in broken - listed.keys():
+                self._broken.pop(key, None)
+            for each in found:
+                if isinstance(each, Segment):
+                    self._learn(each)
+                elif each is not None:
+                    self._broken[each[0]] = each[1]
+            # One that could not be recorded is kept: a segment's bytes never get better.
+            self._damaged = damaged | {mark for mark in self._damaged if mark[0] in self._segments}
+
+    def _read_index(self, info: ObjectInfo) -> Segment | tuple[str, str] | None:
+        """A segment's index, or its key and what is wrong, or ``None`` if a gc deleted it since the listing."""
+        try:
+            return segments.read_index(self._store, info.key, info.size, info.modified, self.algorithm)
+        except DamagedObject as error:
+            logger.warning("%s; its pages count as missing until they are put again", error)
+            return info.key, str(error)
+        except NotFound:
+            return None
 
     def segments(self) -> list[Segment]:
         """The segments known since the last refresh, by key."""
@@ -121,48 +133,55 @@ class PageStore:
         return [self._name(raw) for raw in segment.digests]
 
     def _learn(self, segment: Segment) -> None:
+        if segment.key in self._segments:
+            return  # two refreshes at once
         self._segments[segment.key] = segment
         for entry, raw in enumerate(segment.digests):
             self._places.setdefault(raw, []).append((segment, entry))
 
-    def _forget(self, segment: Segment) -> None:
-        for raw in set(segment.digests):
+    def _drop(self, key: str) -> None:
+        segment = self._segments.pop(key, None)
+        for raw in set(segment.digests if segment is not None else ()):
             left = [place for place in self._places[raw] if place[0] is not segment]
             if left:
                 self._places[raw] = left
             else:
                 del self._places[raw]
 
-    def _place(self, raw: bytes) -> tuple[Segment, int] | None:
+    def _place(self, raw: bytes, without: Container[str] = ()) -> tuple[Segment, int] | None:
         """Where the page lies undamaged: first of the candidates by segment key, so that all processes agree."""
         with self._lock:
-            return min(self._good_places(raw), key=lambda place: place[0].key, default=None)
+            places = [place for place in self._good_places(raw) if place[0].key not in without]
+        return min(places, key=lambda place: place[0].key, default=None)
 
     def _good_places(self, raw: bytes) -> list[tuple[Segment, int]]:
         return [place for place in self._places.get(raw, ()) if (place[0].key, raw) not in self._damaged]
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def put(self, pages: Sequence[Buffer]) -> PutPages:
+    def put(self, pages: Sequence[Buffer], doomed: _Doomed | None = None) -> PutPages:
         """Store pages; durable when it returns.
 
-        A page already stored is only hashed. Nothing of the batch is visible if it fails.
+        A page already stored is only hashed. A batch that fails leaves nothing, or whole segments of it, which serve
+        the next put or go with the next gc.
 
         Args:
             pages: contiguous buffers, each at least one byte; not changed, and not kept after the return.
+            doomed: says of a digest and the segments that hold it whether it counts as not stored.
 
         Raises:
-            StoreFull: no space; nothing was stored.
+            StoreFull: no space.
         """
-        if any(len(page) == 0 for page in pages):
+        pages = [memoryview(page).cast("B") for page in pages]
+        if not all(pages):
             raise InvalidInput("a page has at least one byte, got an empty buffer")
         self.refresh()
         digests: list[bytes] = []
-        batch = _Batch(self._store, self.algorithm)
+        batch = Batch(self._store, self.algorithm)
         with batch:
             for window, hashed in self._hash_windows(pages):
                 for page, raw in zip(window, hashed, strict=True):
-                    if raw not in batch.seen and self._place(raw) is None:
+                    if raw not in batch.seen and not self._is_stored(raw, doomed):
                         batch.add(raw, page)
                 digests += hashed
             written = batch.commit()
@@ -170,6 +189,11 @@ class PageStore:
             for segment in written:
                 self._learn(segment)
         return PutPages([self._name(raw) for raw in digests], len(batch.seen), batch.bytes)
+
+    def _is_stored(self, raw: bytes, doomed: _Doomed | None) -> bool:
+        if self._place(raw) is None:
+            return False
+        return doomed is None or not doomed(self._name(raw), self.homes(self._name(raw)))
 
     def _hash_windows(self, pages: Sequence[Buffer]) -> Iterator[tuple[Sequence[Buffer], list[bytes]]]:
         """Windows of pages with their digests, in order; workers hash ahead of the consumer."""
@@ -189,7 +213,7 @@ class PageStore:
             self.refresh()
             size = self.size(digest)
         if size is None:
-            raise self._missing(self._raw(digest))
+            raise self.absent(digest)
         out = bytearray(size)
         self.get_into([digest], [memoryview(out)])
         return bytes(out)
@@ -214,38 +238,46 @@ class PageStore:
             self.refresh()
             failed = self._read(failed)
         if failed:
-            raise self._missing(failed[0][0])
+            raise self.absent(self._name(failed[0][0]))
 
-    def verify(self, digests: Sequence[str], progress: Callable[[int, int], None] | None = None) -> list[str]:
+    def verify(
+        self,
+        digests: Sequence[str],
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        without: Container[str] = (),
+    ) -> list[str]:
         """Read and hash pages; the digests of those missing or damaged. Marks damaged places.
 
         Args:
             digests: what to verify.
             progress: called with pages done and pages in all.
+            without: keys of segments that do not count.
         """
-        bad: list[str] = []
-        done = 0
+        found = [(digest, self.size(digest)) for digest in digests]
+        bad = [digest for digest, size in found if size is None]
+        known = [(digest, size) for digest, size in found if size is not None]
+        done = len(bad)
         scratch = memoryview(bytearray(16 * _WINDOW))
-        for window in _windows(digests, [self.size(digest) or 0 for digest in digests], len(scratch)):
+        for window in _windows(known, [size for _, size in known], len(scratch)):
             wanted, start = [], 0
-            for digest in window:
-                size = self.size(digest) or 0
+            for digest, size in window:
                 if size > len(scratch):
                     scratch = memoryview(bytearray(size))
                 wanted.append((self._raw(digest), scratch[start : start + size]))
                 start += size
-            bad += [self._name(raw) for raw, _ in self._read(wanted)]
+            bad += [self._name(raw) for raw, _ in self._read(wanted, without)]
             done += len(window)
             if progress is not None:
                 progress(done, len(digests))
         return bad
 
-    def _read(self, wanted: Sequence[_Wanted]) -> list[_Wanted]:
+    def _read(self, wanted: Sequence[_Wanted], without: Container[str] = ()) -> list[_Wanted]:
         """Read what can be read and return the rest: pages that are missing, or damaged in every copy."""
         failed: list[_Wanted] = []
         plan: dict[str, list[tuple[int, _Wanted]]] = {}
         for raw, out in wanted:
-            place = self._place(raw)
+            place = self._place(raw, without)
             if place is None:
                 failed.append((raw, out))
                 continue
@@ -261,8 +293,8 @@ class PageStore:
             tasks += [self._workers.submit(self._read_window, key, window) for window in windows]
         wait(tasks)  # all of them, also when one raises: the buffers are the caller's again on return
         damaged = [read for task in tasks for read in task.result()]
-        if damaged:  # try another copy; each round marks one more place, so this ends
-            failed += self._read(damaged)
+        if damaged:  # try another copy; each round marks one more place of each, so this ends
+            failed += self._read(damaged, without)
         return failed
 
     def _read_window(self, key: str, reads: Sequence[tuple[int, _Wanted]]) -> list[_Wanted]:
@@ -272,8 +304,7 @@ class PageStore:
             self._store.get_ranges(key, [Range(start, first[start]) for start in sorted(first)])
         except NotFound:  # a gc deleted it: look the pages up again
             with self._lock:
-                if key in self._segments:
-                    self._forget(self._segments.pop(key))
+                self._drop(key)
             return [wanted for _, wanted in reads]
         except IntegrityError as error:
             logger.error("%s", error)
@@ -297,19 +328,20 @@ class PageStore:
             self._damaged.add((key, raw))
         logger.error("page %s is damaged in %s", self._name(raw), key)
         try:
-            self._store.put(f"{DAMAGE}{key.removeprefix(segments.PREFIX)}/{raw.hex()}", b"")
+            marks.record(self._store, (key, raw))
         except StoreError as error:
             logger.warning("could not record the damage of page %s: %s", self._name(raw), error)
 
-    def _missing(self, raw: bytes) -> MissingPage | DamagedPage:
+    def absent(self, digest: str) -> MissingPage | DamagedPage:
+        """The error for a page of which no undamaged copy is known."""
         with self._lock:
-            damaged = [place[0].key for place in self._places.get(raw, ())]
+            damaged = [place[0].key for place in self._places.get(self._raw(digest), ())]
         if damaged:
             return DamagedPage(
-                f"page {self._name(raw)} is damaged in {', '.join(damaged)}: its bytes do not hash to its digest",
+                f"page {digest} is damaged in {', '.join(damaged)}: its bytes do not hash to its digest",
                 hint="snapshot the session again: the next put of the same content heals it",
             )
-        return MissingPage(f"page {self._name(raw)} is in no segment", hint="run `kvist fsck`")
+        return MissingPage(f"page {digest} is in no segment", hint="run `kvist fsck`")
 
     # -- upkeep --------------------------------------------------------------------------------------------------
 
@@ -320,7 +352,7 @@ class PageStore:
             DamagedPage, MissingPage: a page cannot be copied; nothing new is visible.
         """
         done = 0
-        with _Batch(self._store, self.algorithm) as batch:
+        with Batch(self._store, self.algorithm) as batch:
             for window in _windows(digests, [self.size(digest) or 0 for digest in digests], 16 * _WINDOW):
                 outs = [memoryview(bytearray(self.size(digest) or 0)) for digest in window]
                 self.get_into(window, outs)
@@ -336,12 +368,6 @@ class PageStore:
             for segment in written:
                 self._learn(segment)
 
-    def drop_marks(self, keys: Sequence[str]) -> None:
-        """Forget damage recorded in segments that are gone."""
-        gone = {key.removeprefix(segments.PREFIX) for key in keys}
-        marks = [info.key for info in self._store.list(DAMAGE)]
-        self._store.delete(mark for mark in marks if mark.removeprefix(DAMAGE).rpartition("/")[0] in gone)
-
     def close(self) -> None:
         """Stop the worker threads. Idempotent."""
         self._workers.shutdown()
@@ -354,57 +380,6 @@ class PageStore:
 
     def _name(self, raw: bytes) -> str:
         return format_digest(self.algorithm, raw)
-
-
-class _Batch:
-    """New pages on their way into new segments; nothing is visible before `commit`."""
-
-    def __init__(self, store: Store, algorithm: str) -> None:
-        self._store, self._algorithm = store, algorithm
-        self._open: list[_Open] = []
-        self.seen: set[bytes] = set()
-        self.bytes = 0
-
-    def __enter__(self) -> _Batch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for one in self._open:
-            one.writer.abort()
-
-    def add(self, raw: bytes, page: Buffer) -> None:
-        if not self._open or self._open[-1].bytes >= SEGMENT_BYTES:
-            key = f"{segments.PREFIX}{uuid.uuid4().hex}"
-            self._open.append(_Open(key, self._store.writer(key)))
-        one = self._open[-1]
-        one.writer.write(page)
-        one.digests.append(raw)
-        one.lengths.append(len(page))
-        one.bytes += len(page)
-        self.seen.add(raw)
-        self.bytes += len(page)
-
-    def commit(self) -> list[Segment]:
-        for one in self._open:
-            one.writer.write(segments.encode_index(self._algorithm, one.digests, one.lengths))
-            one.writer.commit()
-        written = []
-        for one in self._open:
-            info = self._store.head(one.key)
-            if info is not None:  # None: a gc took it in this instant, and the commit that needs it will notice
-                written.append(segments.read_index(self._store, one.key, info.size, info.modified, self._algorithm))
-        return written
-
-
-@dataclass(slots=True)
-class _Open:
-    """A segment being written."""
-
-    key: str
-    writer: ObjectWriter
-    digests: list[bytes] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    bytes: int = 0
 
 
 def _windows(items: Sequence[_T], sizes: Sequence[int], most: int) -> Iterator[Sequence[_T]]:

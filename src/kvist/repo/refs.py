@@ -109,6 +109,13 @@ class Refs:
         """
         self._write(ref.kind, ref.name, None, ref)
 
+    def withdraw(self, ref: Ref) -> None:
+        """Take back a tag that was made this instant and that nobody can have relied on: its name is free again."""
+        key = _key(ref.kind, ref.name)
+        info = self._store.head(key)
+        if info is not None and info.etag == ref.etag:
+            self._store.delete([key])
+
     def mend(self, kind: RefKind, name: str, cid: str) -> Ref:
         """Replace a record that is unreadable.
 
@@ -140,10 +147,11 @@ class Refs:
         if info is None:
             return None
         try:
-            document = parse_json(self._store.get(key), key)
-            if document.keys() != {"cid", "kind", "version"} or document["version"] != 1:
+            data = self._store.get(key)
+            document = parse_json(data, key)
+            cid = None if document.get("cid") is None else parse_cid(document["cid"])
+            if data != _encode(cid):
                 raise InvalidManifest(f"expected a version 1 ref, got {document!r:.200}")
-            cid = document["cid"] if document["cid"] is None else parse_cid(document["cid"])
         except NotFound:
             return None
         except KvistError as error:

@@ -12,16 +12,15 @@ import contextlib
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, Self
 
 from kvist.errors import (
     AlreadyExists,
     Conflict,
+    DamagedPage,
     InvalidInput,
     InvalidManifest,
-    KvistError,
-    MissingPage,
     NotFound,
     RepositoryNotFound,
 )
@@ -60,6 +59,7 @@ class Repository:
         self.pages: Final = PageStore(store, page_digest)
         self.objects: Final = Objects(store)
         self.refs: Final = Refs(store)
+        self._whole: Final[set[str]] = set()  # cids that were confirmed; a gc keeps or deletes them as a whole
 
     # -- opening -------------------------------------------------------------------------------------------------
 
@@ -131,8 +131,9 @@ class Repository:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def put_pages(self, pages: Sequence[Buffer]) -> PutPages:
-        """Store page halves; see `PageStore.put`."""
-        return self.pages.put(pages)
+        """Store page halves; see `PageStore.put`. What a running gc is about to delete is written anew."""
+        condemned = lock.condemned(self.store)
+        return self.pages.put(pages, doomed=condemned.loses)
 
     def commit(
         self,
@@ -154,8 +155,8 @@ class Repository:
                 gc keeps it only while it is young.
 
         Raises:
-            MissingPage: a manifest names a page that is not stored.
-            NotFound: an unknown parent.
+            MissingPage, DamagedPage: a manifest names a page that is not stored, or only damaged.
+            NotFound: an unknown parent, or one that was never finished.
             Conflict: the branch names a snapshot that is no parent, or moved meanwhile, or a gc took what the snapshot
                 needs; retry.
         """
@@ -168,7 +169,8 @@ class Repository:
                 hint="choose another branch, or give that snapshot as a parent",
             )
         for parent in parents:
-            self.objects.snapshot(parent)
+            if tip is None or parent != tip.cid:
+                self._require_whole(self.objects.snapshot(parent))
         self._require_pages(manifests)
         snapshot = Snapshot(
             manifests=tuple(manifest.cid for manifest in manifests),
@@ -180,8 +182,11 @@ class Repository:
         )
         self.objects.put_manifests(manifests)
         self.objects.put_snapshots([snapshot])
-        undo = self._publish(RefKind.BRANCH, branch, snapshot.cid, tip) if branch is not None else None
-        self._confirm([snapshot], undo)
+        if branch is None:
+            self._confirm([snapshot])
+        else:
+            self._publish_all([(RefKind.BRANCH, branch, snapshot, tip)])
+        self._whole.add(snapshot.cid)
         return snapshot
 
     def fork(self, rev: str, n: int, *, name: str | None = None) -> list[Snapshot]:
@@ -203,9 +208,10 @@ class Repository:
         cid = self.resolve(rev)
         source = self.objects.snapshot(cid)
         base = check_name(name) if name is not None else f"fork/{short(cid)}-{secrets.token_hex(4)}"
-        taken = set(self.refs.names(RefKind.BRANCH)) & {f"{base}/{i}" for i in range(n)}
-        if taken:
-            raise AlreadyExists(f"branch {min(taken)} exists", hint="choose another name")
+        self._require_pages(map(self.objects.manifest, source.manifests))
+        for taken in set(self.refs.names(RefKind.BRANCH)) & {f"{base}/{i}" for i in range(n)}:
+            if self.refs.read(RefKind.BRANCH, taken) is not None:  # a deleted branch leaves its name free
+                raise AlreadyExists(f"branch {taken} exists", hint="choose another name")
         forks = [
             Snapshot(
                 source.manifests,
@@ -218,14 +224,7 @@ class Repository:
             for i in range(n)
         ]
         self.objects.put_snapshots(forks)
-        undo: list[Callable[[], None]] = []
-        try:
-            for i, fork in enumerate(forks):
-                undo.append(self._publish(RefKind.BRANCH, f"{base}/{i}", fork.cid, None))
-        except KvistError:
-            _run_all(undo)
-            raise
-        self._confirm(forks, lambda: _run_all(undo))
+        self._publish_all([(RefKind.BRANCH, f"{base}/{i}", fork, None) for i, fork in enumerate(forks)])
         return forks
 
     def branch(self, name: str, rev: str, *, move: bool = False) -> Ref:
@@ -264,39 +263,50 @@ class Repository:
     def _name(self, kind: RefKind, name: str, rev: str, found: Ref | None) -> Ref:
         cid = self.resolve(rev)
         snapshot = self.objects.snapshot(cid)
-        undo = self._publish(kind, name, cid, found)
-        self._confirm([snapshot], undo)
-        named = self.refs.read(kind, name)
-        if named is None:
-            raise Conflict(f"{kind.noun} {name} was deleted by another process as soon as it was made")
-        return named
+        self._require_pages(map(self.objects.manifest, snapshot.manifests))
+        return self._publish_all([(kind, name, snapshot, found)])[0]
 
-    def _publish(self, kind: RefKind, name: str, cid: str, found: Ref | None) -> Callable[[], None]:
-        """Point a ref at ``cid``; returns how to take that back."""
-        written = self.refs.create(kind, name, cid) if found is None else self.refs.move(found, cid)
+    def _publish_all(self, wanted: Sequence[tuple[RefKind, str, Snapshot, Ref | None]]) -> list[Ref]:
+        """Name stored snapshots, each by a ref that was read before, under the protocol of `kvist.repo.lock`.
 
-        def undo() -> None:
-            if found is None or found.cid is None:
-                self.refs.delete(written)
-            else:
-                self.refs.move(written, found.cid)
+        Raises:
+            AlreadyExists, Conflict: nothing is named.
+        """
+        snapshots = [snapshot for _, _, snapshot, _ in wanted]
+        if lock.holder(self.store) is not None:
+            self._confirm(snapshots)
+        published: list[tuple[Ref, Ref | None]] = []
+        try:
+            for kind, name, snapshot, found in wanted:
+                cid = snapshot.cid
+                ref = self.refs.create(kind, name, cid) if found is None else self.refs.move(found, cid)
+                published.append((ref, found))
+            self._confirm(snapshots)
+        except BaseException:
+            for ref, found in published:
+                with contextlib.suppress(Conflict):  # somebody moved the ref on meanwhile: it is theirs now
+                    self._take_back(ref, found)
+            raise
+        return [ref for ref, _ in published]
 
-        return undo
+    def _take_back(self, ref: Ref, found: Ref | None) -> None:
+        if found is not None and found.cid is not None:
+            self.refs.move(ref, found.cid)
+        elif ref.kind is RefKind.TAG:
+            self.refs.withdraw(ref)
+        else:
+            self.refs.delete(ref)
 
-    def _confirm(self, published: Sequence[Snapshot], undo: Callable[[], None] | None) -> None:
-        """Look, after publishing, whether a gc deletes or deleted what the snapshots need; see `kvist.repo.lock`."""
-        holder = lock.holder(self.store)
-        condemned = lock.Condemned() if holder is None else holder.condemned
-        lost = self._lost(published, condemned)
-        if lost is None:
-            return
-        if undo is not None:
-            _run_all([undo])
-        raise Conflict(f"a gc took {lost} while this was being named; nothing was named", hint="retry")
+    def _confirm(self, snapshots: Sequence[Snapshot]) -> None:
+        """Raise `Conflict` if a gc deletes, or deleted, what the snapshots need."""
+        lost = self._lost(snapshots, lock.condemned(self.store))
+        if lost is not None:
+            self.objects.forget()  # what it took may still be in our memory
+            raise Conflict(f"a gc took {lost} while this was being named; nothing was named", hint="retry")
 
-    def _lost(self, published: Sequence[Snapshot], condemned: lock.Condemned) -> str | None:
-        keys = {snapshot_key(cid) for snapshot in published for cid in (snapshot.cid, *snapshot.parents)}
-        cids = {cid for snapshot in published for cid in snapshot.manifests}
+    def _lost(self, snapshots: Sequence[Snapshot], condemned: lock.Condemned) -> str | None:
+        keys = {snapshot_key(cid) for snapshot in snapshots for cid in (snapshot.cid, *snapshot.parents)}
+        cids = {cid for snapshot in snapshots for cid in snapshot.manifests}
         for key in keys | {manifest_key(cid) for cid in cids}:
             if key in condemned.objects or not self.objects.has(key):
                 return key
@@ -307,15 +317,27 @@ class Repository:
                     return f"page {digest}"
         return None
 
-    def _require_pages(self, manifests: Iterable[Manifest]) -> None:
-        for manifest in manifests:
-            size = manifest.layout.page_bytes
-            for digest in manifest.digests:
-                found = self.pages.size(digest)
-                if found is None:
-                    raise MissingPage(f"the manifest names page {digest}, which is not stored; put pages first")
-                if found != size:
-                    raise InvalidManifest(f"page {digest} has {found} bytes, the manifest's layout says {size}")
+    def _require_whole(self, snapshot: Snapshot) -> None:
+        """Refuse what its maker could not confirm: what was confirmed has whole ancestors, and stays so."""
+        if snapshot.cid in self._whole:
+            return
+        for key in (*map(snapshot_key, snapshot.parents), *map(manifest_key, snapshot.manifests)):
+            if not self.objects.has(key):
+                raise NotFound(f"snapshot {snapshot.cid} was never finished: {key} is not stored")
+        self._require_pages(map(self.objects.manifest, snapshot.manifests), or_damaged=True)
+        self._whole.add(snapshot.cid)
+
+    def _require_pages(self, manifests: Iterable[Manifest], *, or_damaged: bool = False) -> None:
+        sizes = {digest: manifest.layout.page_bytes for manifest in manifests for digest in manifest.digests}
+        self.pages.refresh()  # another process may have put them, or found them damaged
+        for digest, size in sizes.items():
+            found = self.pages.size(digest)
+            if found is None:
+                error = self.pages.absent(digest)
+                if not (or_damaged and isinstance(error, DamagedPage)):
+                    raise error
+            elif found != size:
+                raise InvalidManifest(f"page {digest} has {found} bytes, the manifest's layout says {size}")
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -374,9 +396,3 @@ class Repository:
         """Snapshots that ``rev`` (default: all refs) reaches, children before parents, newest first."""
         snapshots = self.reachable(None if rev is None else [self.resolve(rev)])
         return [snapshots[cid] for cid in lineage.newest_first(snapshots)]
-
-
-def _run_all(undo: Iterable[Callable[[], None]]) -> None:
-    for step in undo:
-        with contextlib.suppress(Conflict):  # somebody moved the ref on meanwhile: it is theirs now
-            step()

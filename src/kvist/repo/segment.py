@@ -93,7 +93,11 @@ def read_index(store: Store, key: str, size: int, modified: float, algorithm: st
     if blake3(index).digest() != checksum:
         raise DamagedObject(f"{key}: its index does not match the checksum in its footer")
     entries = list(_ENTRY.iter_unpack(index))
-    offsets = array("Q", itertools.accumulate((length for _, length in entries), initial=0))
-    if offsets[-1] != data_bytes:
-        raise DamagedObject(f"{key}: its index tells of {offsets[-1]} bytes of pages, its footer of {data_bytes}")
+    lengths = [length for _, length in entries]
+    if sum(lengths) != data_bytes or 0 in lengths:
+        raise DamagedObject(
+            f"{key}: its index tells of {sum(lengths)} bytes in pages of {min(lengths, default=0)} bytes or more, "
+            f"its footer of {data_bytes}"
+        )
+    offsets = array("Q", itertools.accumulate(lengths, initial=0))
     return Segment(key, [digest for digest, _ in entries], offsets, modified)

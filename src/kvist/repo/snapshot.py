@@ -6,6 +6,7 @@ Knows one small JSON document. Must not know pages or storage.
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -18,6 +19,7 @@ _KIND: Final = "kvist-snapshot"
 _KEYS: Final = frozenset(
     {"kind", "version", "manifests", "parents", "tokens", "name", "message", "created_ns", "nonce"}
 )
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 MESSAGE_MAX: Final = 10_000
 """Longest message, in characters."""
 
@@ -54,9 +56,11 @@ class Snapshot:
         for number in (self.tokens, self.created_ns):
             if type(number) is not int or not 0 <= number < 2**63:
                 raise InvalidInput(f"snapshot tokens and created_ns must be in [0, 2^63), got {number!r}")
-        for text in (self.name or "", self.message, self.nonce):
-            if not isinstance(text, str) or len(text) > MESSAGE_MAX:
-                raise InvalidInput(f"snapshot texts have at most {MESSAGE_MAX} characters, got {text!r:.80}")
+        for text in ("" if self.name is None else self.name, self.message, self.nonce):
+            if not isinstance(text, str) or len(text) > MESSAGE_MAX or _SURROGATE.search(text):
+                raise InvalidInput(
+                    f"snapshot texts have at most {MESSAGE_MAX} characters, none a surrogate, got {text!r:.80}"
+                )
 
     @classmethod
     def decode(cls, data: bytes) -> Self:

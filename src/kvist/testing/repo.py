@@ -259,7 +259,7 @@ class RepositoryMachine(RuleBasedStateMachine):
         if explicit is not None:
             chosen = [self._chosen(pick) for pick in explicit] + [tip] * on_tip
             parents = list(dict.fromkeys(cid for cid in chosen if cid is not None))
-        if interrupt is not None:
+        if interrupt is not None and crash is None:  # not both: a writer that dies before it looks cannot take back
             other = self.processes[1 - who][1]
             self._interrupt(who, interrupt, lambda: gc.apply(other, gc.plan(other, min_age=0)))
         if branch is not None:
@@ -332,7 +332,7 @@ class RepositoryMachine(RuleBasedStateMachine):
         cid = self._chosen(pick)
         if cid is None:
             return
-        if interrupt is not None:
+        if interrupt is not None and crash is None:  # not both: a writer that dies before it looks cannot take back
             other = self.processes[1 - who][1]
             self._interrupt(who, interrupt, lambda: gc.apply(other, gc.plan(other, min_age=0)))
         self.touched.add((kind, name))

@@ -1,0 +1,274 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from kvist.errors import DamagedPage, IntegrityError, Locked
+from kvist.repo import RefKind, Repository, fsck, gc, lock
+from kvist.store import LocalStore, Store
+from kvist.testing.faults import CrashingStore, SimulatedCrash
+
+from .making import LAYOUT, digest, halves, manifest, read_back, snapshot
+
+
+def collect(repo: Repository) -> gc.GcPlan:
+    return gc.apply(repo, gc.plan(repo, min_age=0))
+
+
+def cids(repo: Repository) -> set[str]:
+    return {cid for cid, _ in repo.objects.snapshots()}
+
+
+def keys(store: Store) -> list[str]:
+    return [info.key for info in store.list()]
+
+
+def test_an_empty_repository_has_nothing_to_collect(repo: Repository) -> None:
+    plan = gc.plan(repo, min_age=0)
+    assert plan.is_empty and gc.apply(repo, plan).is_empty
+    assert keys(repo.store) == ["kvist.json"]
+
+
+def test_snapshots_that_refs_reach_stay_and_the_rest_goes(repo: Repository) -> None:
+    kept = [snapshot(repo, halves(1, i)) for i in range(3)]
+    tagged = snapshot(repo, halves(1, 10), None)
+    repo.tag("v1", tagged.cid)
+    gone = snapshot(repo, halves(1, 20), None)
+    plan = gc.plan(repo, min_age=0)
+    assert plan.snapshots == (gone.cid,) and plan.manifests == gone.manifests and len(plan.segments) == 1
+    assert gone.cid in cids(repo), "a plan changes nothing"
+    before = sum(info.size for info in repo.store.list())
+    done = gc.apply(repo, plan)
+    assert done == plan
+    assert before - sum(info.size for info in repo.store.list()) >= plan.delete_bytes
+    assert cids(repo) == {each.cid for each in (*kept, tagged)}
+    assert gc.plan(repo, min_age=0).is_empty
+    assert json.loads(json.dumps(plan.to_json()))["lost_pages"] == 0
+    assert "delete 1 snapshots, 1 manifests, 1 segments" in plan.summary()
+
+
+def test_what_is_young_stays_with_all_it_needs(repo: Repository) -> None:
+    old = snapshot(repo, halves(2), None)
+    young = snapshot(repo, halves(2), None, parents=[old.cid])
+    assert gc.plan(repo).is_empty
+    gc.apply(repo, gc.plan(repo))
+    assert read_back(repo, young.cid) == read_back(repo, old.cid) == halves(2)
+
+
+def test_a_deleted_branch_frees_its_snapshots(repo: Repository) -> None:
+    snapshot(repo, halves(2), "a")
+    shared = snapshot(repo, halves(2) + halves(2, 1), "b")
+    repo.delete_ref(RefKind.BRANCH, "a")
+    collect(repo)
+    assert cids(repo) == {shared.cid}
+    assert read_back(repo, "b") == halves(2) + halves(2, 1)
+
+
+def test_a_sparse_segment_is_rewritten(repo: Repository) -> None:
+    data = halves(8)
+    repo.put_pages(data)
+    repo.commit([manifest(data[:4])], branch="main")
+    plan = gc.plan(repo, min_age=0)
+    assert len(plan.repack) == 1 and plan.copy_bytes == 4 * LAYOUT.page_bytes and len(plan.lost_pages) == 12
+    calls: list[tuple[int, int]] = []
+    gc.apply(repo, plan, progress=lambda done, of: calls.append((done, of)))
+    assert calls[-1] == (4, 4)
+    assert read_back(repo, "main") == data[:4]
+    assert [segment.data_bytes for segment in repo.pages.segments()] == [4 * LAYOUT.page_bytes]
+    assert gc.plan(repo, min_age=0).is_empty
+
+
+def test_a_segment_at_half_is_left(repo: Repository) -> None:
+    data = halves(8)
+    repo.put_pages(data)
+    repo.commit([manifest(data[:8])], branch="main")
+    assert gc.plan(repo, min_age=0).is_empty
+
+
+def two_copies(repo: Repository, data: list[bytes]) -> None:
+    """Two writers at the same moment store the same pages."""
+    other = Repository.open(repo.store)
+    other.pages.refresh = lambda: None  # type: ignore[method-assign]
+    repo.put_pages(data)
+    other.pages.put(data)
+    other.pages.close()
+    repo.pages.refresh()
+
+
+def test_a_second_copy_goes_and_is_not_copied(repo: Repository) -> None:
+    data = halves(4)
+    two_copies(repo, data)
+    repo.commit([manifest(data)], branch="main")
+    assert len(repo.pages.segments()) == 2
+    plan = collect(repo)
+    assert plan.copy_bytes == 0 and len(plan.segments) == 1
+    assert gc.plan(repo, min_age=0).is_empty
+    assert read_back(repo, "main") == data
+
+
+def test_the_only_good_copy_is_saved_when_the_one_that_stays_is_silently_damaged(repo: Repository) -> None:
+    data = halves(4)
+    two_copies(repo, data)
+    repo.commit([manifest(data)], branch="main")
+    stays = repo.pages.homes(digest(data[0]))[0]
+    damaged = bytearray(repo.store.get(stays))
+    damaged[5] ^= 1
+    repo.store.put(stays, damaged)
+    collect(repo)
+    assert read_back(repo, "main") == data
+    assert fsck.check(repo).is_clean
+
+
+def test_what_is_named_between_plan_and_apply_stays(repo: Repository) -> None:
+    data = halves(4)
+    lost = snapshot(repo, data, None)
+    child = snapshot(repo, data[:2], None, parents=[lost.cid])
+    plan = gc.plan(repo, min_age=0)
+    assert plan.snapshots == (child.cid, lost.cid), "children first"
+    repo.branch("found", child.cid)
+    done = gc.apply(repo, plan)
+    assert done.is_empty and done.delete_bytes == 0
+    assert read_back(repo, "found") == data[:2] and read_back(repo, lost.cid) == data
+
+
+def test_what_an_unplanned_snapshot_needs_stays_too(repo: Repository) -> None:
+    """Else that snapshot, which stays, could be named later, and would have no whole past."""
+    old = snapshot(repo, halves(2), None)
+    plan = gc.plan(repo, min_age=0)
+    new = snapshot(repo, halves(2, 1), None, parents=[old.cid])
+    newer = snapshot(repo, halves(2, 2), None, parents=[new.cid])
+    assert gc.apply(repo, plan).is_empty
+    repo.branch("main", newer.cid)
+    assert fsck.check(repo).is_clean and len(repo.log("main")) == 3
+
+
+def test_what_died_between_plan_and_apply_waits_for_the_next(repo: Repository) -> None:
+    made = snapshot(repo, halves(2))
+    plan = gc.plan(repo, min_age=0)
+    repo.delete_ref(RefKind.BRANCH, "main")
+    gc.apply(repo, plan)
+    assert cids(repo) == {made.cid}
+    collect(repo)
+    assert keys(repo.store) == ["kvist.json", "refs/branches/main.ref"]
+
+
+def test_marks_of_segments_that_are_gone_go(repo: Repository) -> None:
+    made = snapshot(repo, halves(1), None)
+    for segment in repo.pages.segments():
+        repo.store.put(segment.key, b"x" * 10 + repo.store.get(segment.key)[10:])
+    with pytest.raises(DamagedPage):
+        read_back(repo, made.cid)
+    repo.store.put("damaged/00000000000000000000000000000000/" + "ab" * 32, b"")
+    assert len([*repo.store.list("damaged/")]) == 2
+    collect(repo)
+    assert keys(repo.store) == ["kvist.json"]
+
+
+def test_an_undiscovered_damage_in_a_page_to_copy_stops_it(repo: Repository) -> None:
+    data = halves(8)
+    repo.put_pages(data)
+    repo.commit([manifest(data[:2])], branch="main")
+    plan = gc.plan(repo, min_age=0)
+    (key,) = plan.repack
+    repo.store.put(key, b"x" + repo.store.get(key)[1:])
+    with pytest.raises(DamagedPage):
+        gc.apply(repo, plan)
+    assert repo.store.head(key) is not None and lock.holder(repo.store) is None
+    with pytest.raises(IntegrityError):
+        gc.plan(repo, min_age=0)
+    repo.put_pages(data)
+    collect(repo)
+    assert read_back(repo, "main") == data[:2]
+
+
+def test_leftovers_of_dead_writers_go(tmp_path: Path) -> None:
+    with Repository.init(LocalStore(tmp_path)) as repo:
+        snapshot(repo, halves(1))
+        left = tmp_path / ".tmp" / "1-dead"
+        left.write_bytes(b"half a segment")
+        assert fsck.check(repo).is_clean
+        gc.apply(repo, gc.plan(repo))
+        assert left.exists(), "young"
+        collect(repo)
+        assert not left.exists()
+
+
+# -- the lock ------------------------------------------------------------------------------------------------------
+
+
+def test_one_gc_at_a_time(repo: Repository) -> None:
+    plan = gc.plan(repo, min_age=0)
+    held = lock.acquire(repo.store, lock.Condemned())
+    with pytest.raises(Locked, match=f"process {os.getpid()}"):
+        gc.apply(repo, plan)
+    gc.apply(repo, plan, break_lock=True)
+    assert lock.holder(repo.store) is None
+    lock.release(repo.store, held)
+
+
+def test_whoever_lost_the_lock_does_not_release_the_new_holders(repo: Repository) -> None:
+    first = lock.acquire(repo.store, lock.Condemned())
+    second = lock.acquire(repo.store, lock.Condemned(), break_lock=True)
+    lock.release(repo.store, first)
+    assert lock.holder(repo.store) is not None
+    lock.release(repo.store, second)
+    assert lock.holder(repo.store) is None
+
+
+@pytest.mark.parametrize(("change", "is_dead"), [({}, False), ({"pid": 2**31 - 1}, True), ({"pid": 1}, False),
+                                                 ({"pid": 2**31 - 1, "host": "elsewhere"}, False)])  # fmt: skip
+def test_only_a_dead_process_of_this_host_loses_its_lock(
+    repo: Repository, change: dict[str, object], is_dead: bool
+) -> None:
+    lock.acquire(repo.store, lock.Condemned(objects=frozenset(["x"])))
+    repo.store.put(lock.KEY, json.dumps(json.loads(repo.store.get(lock.KEY)) | change).encode())
+    holder = lock.holder(repo.store)
+    assert holder is not None and holder.is_dead == is_dead
+    assert bool(lock.condemned(repo.store).objects) != is_dead
+    if is_dead:
+        lock.acquire(repo.store, lock.Condemned())
+    else:
+        with pytest.raises(Locked):
+            lock.acquire(repo.store, lock.Condemned())
+
+
+def test_condemned_pages() -> None:
+    condemned = lock.Condemned(segments=frozenset("a"), repacked=frozenset("b"), pages=frozenset("p"))
+    assert condemned.loses("p", []) and condemned.loses("p", "ab") and condemned.loses("q", "a")
+    assert not condemned.loses("q", "b") and not condemned.loses("q", "ab") and not condemned.loses("p", "abc")
+    assert not lock.Condemned().loses("p", "a") and lock.Condemned().loses("p", [])
+
+
+# -- crashes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", range(1, 14))
+def test_a_crash_at_any_write_of_a_gc(store: Store, at: int, after: bool) -> None:
+    with Repository.init(store) as repo:
+        data = halves(8)
+        repo.put_pages(data)
+        repo.commit([manifest(data[:4])], branch="main")
+        last: list[str] = []
+        for i in range(3):
+            last = [snapshot(repo, halves(1, i), None, parents=last).cid]
+        dying = Repository.open(CrashingStore(store, at, after=after))
+        plan = gc.plan(dying, min_age=0)
+        try:
+            gc.apply(dying, plan)
+        except SimulatedCrash:
+            record = store.head(lock.KEY) and json.loads(store.get(lock.KEY))
+            if record:
+                store.put(lock.KEY, json.dumps(record | {"pid": 2**31 - 1}).encode())
+        dying.pages.close()
+        again = Repository.open(store)
+        assert fsck.check(again).is_clean
+        assert read_back(again, "main") == data[:4]
+        left = {cid: again.objects.snapshot(cid) for cid in cids(again)}
+        assert all(set(each.parents) <= left.keys() for each in left.values()), "children went first"
+        collect(again)
+        assert read_back(again, "main") == data[:4]
+        assert len(cids(again)) == 1 and len(again.pages.segments()) == 1
+        assert gc.plan(again, min_age=0).is_empty
+        again.pages.close()
