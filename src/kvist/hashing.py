@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from blake3 import blake3
+
+from kvist.errors import InvalidInput
 
 Buffer = bytes | bytearray | memoryview
 
@@ -53,5 +56,10 @@ def extend_block_hashes(hashes: list[bytes], token_ids: Sequence[int], size: int
 
 
 def _u32(token_ids: Sequence[int]) -> bytes:
-    words = array("I", token_ids)
+    try:
+        words = array("I", token_ids)
+    except (OverflowError, TypeError):
+        raise InvalidInput(f"token ids must be integers in [0, 2^32), got {token_ids!r:.120}") from None
+    if sys.byteorder == "big":
+        words.byteswap()
     return words.tobytes()

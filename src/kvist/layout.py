@@ -57,11 +57,12 @@ class Layout:
             if type(value) is not int or not least <= value < 2**32:
                 raise InvalidInput(f"layout {name} must be an integer in [{least}, 2^32), got {value!r:.80}")
         for name in ("model", "revision"):
-            if not isinstance(getattr(self, name), str | None):
-                raise InvalidInput(f"layout {name} must be text or null, got {getattr(self, name)!r:.80}")
+            text = getattr(self, name)
+            if not (text is None or (isinstance(text, str) and text.isprintable())):
+                raise InvalidInput(f"layout {name} must be printable text or null, got {text!r:.80}")
         if type(self.tp_rank) is not int or not 0 <= self.tp_rank < self.tp_size:
             raise InvalidInput(f"layout tp_rank must be in [0, {self.tp_size}), got {self.tp_rank!r}")
-        if self.dtype not in DTYPE_BYTES:
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
             raise InvalidInput(f"layout dtype must be one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
         if self.memory_order not in MEMORY_ORDERS:
             raise InvalidInput(

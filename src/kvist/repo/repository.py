@@ -157,13 +157,13 @@ class Repository:
         Raises:
             MissingPage, DamagedPage: a manifest names a page that is not stored, or only damaged.
             NotFound: an unknown parent, or one that was never finished.
-            Conflict: the branch names a snapshot that is no parent, or moved meanwhile, or a gc took what the snapshot
-                needs; retry.
+            Conflict: the branch names what is no ancestor of the snapshot, or moved meanwhile, or a gc took what the
+                snapshot needs; retry.
         """
         tip = self.refs.read(RefKind.BRANCH, branch) if branch is not None else None
         if parents is None:
             parents = [tip.cid] if tip is not None and tip.cid is not None else []
-        if tip is not None and tip.cid not in parents:
+        if tip is not None and tip.cid not in parents and tip.cid not in self.reachable(parents):
             raise Conflict(
                 f"branch {branch} names {tip.cid}, which the new snapshot does not continue; moving it would lose that",
                 hint="choose another branch, or give that snapshot as a parent",

@@ -122,6 +122,14 @@ def sync_directories(paths: Iterable[Path]) -> None:
             os.close(fd)
 
 
+def _create(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        make_directories(path.parent)
+        return os.open(path, flags, 0o666)
+
+
 class Temporary:
     """A new file with no final name yet, locked as long as it is open, so that `remove_stale` can tell a slow writer
     from a dead one.
@@ -132,18 +140,17 @@ class Temporary:
     """
 
     def __init__(self, directory: Path, flags: int = 0) -> None:
-        self.path = directory / f"{os.getpid()}-{secrets.token_hex(8)}"
-        flags |= os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        try:
-            self.fd = os.open(self.path, flags, 0o666)
-        except FileNotFoundError:
-            make_directories(directory)
-            self.fd = os.open(self.path, flags, 0o666)
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX)
-        except OSError:
-            self.discard()
-            raise
+        while True:
+            self.path = directory / f"{os.getpid()}-{secrets.token_hex(8)}"
+            self.fd = _create(self.path, flags | os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX)
+            except OSError:
+                self.discard()
+                raise
+            if os.fstat(self.fd).st_nlink:
+                break
+            self.discard()  # a clean came between its making and its locking
 
     def start_writing_back(self) -> None:
         """Let the disk begin, so that the barriers of many files in `seal` find most of the work done.
