@@ -41,7 +41,7 @@ def parse_cid(text: object) -> str:
 
 def digest_hex(digest: str) -> str:
     """The 64 hex digits of a digest."""
-    return digest.partition(":")[2]
+    return digest[digest.index(":") + 1 :]
 
 
 def short(digest: str) -> str:

@@ -6,13 +6,16 @@ Knows how segments are filled and made visible. Must not know which pages are al
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 from kvist.hashing import Buffer
 from kvist.repo import segment as segments
 from kvist.repo.segment import Segment
 from kvist.store import ObjectWriter, Store
+
+_T = TypeVar("_T")
 
 SEGMENT_BYTES: Final = 1 << 30
 """A batch starts a new segment when the current one holds this many bytes of pages."""
@@ -75,3 +78,15 @@ class _Open:
     digests: list[bytes] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     bytes: int = 0
+
+
+def windows(items: Sequence[_T], sizes: Sequence[int], most: int) -> Iterator[Sequence[_T]]:
+    """Runs of items of at most ``most`` bytes together, at least one item each."""
+    start = total = 0
+    for end, size in enumerate(sizes):
+        if total and total + size > most:
+            yield items[start:end]
+            start, total = end, 0
+        total += size
+    if start < len(items):
+        yield items[start:]

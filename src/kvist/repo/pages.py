@@ -13,22 +13,23 @@ import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 from kvist.errors import DamagedObject, DamagedPage, IntegrityError, InvalidInput, MissingPage, NotFound, StoreError
 from kvist.hashing import DIGESTS, Buffer
-from kvist.ids import format_digest, parse_digest
+from kvist.ids import digest_hex, format_digest, parse_digest
 from kvist.repo import marks
 from kvist.repo import segment as segments
-from kvist.repo.batch import Batch
+from kvist.repo.batch import Batch, windows
 from kvist.repo.segment import Segment
 from kvist.store import ObjectInfo, Range, Store
 
 _WINDOW: Final = 2 << 20
 """Bytes a worker reads or hashes at a time: small enough that the second pass finds them in the cache."""
+_PART: Final = 64 << 20
+"""Bytes that are looked up at a time, while workers read those before."""
 _THREADS: Final = min(8, os.cpu_count() or 1)
 
-_T = TypeVar("_T")
 _Wanted = tuple[bytes, memoryview]
 _Doomed = Callable[[str, Iterable[str]], bool]
 
@@ -151,11 +152,14 @@ class PageStore:
     def _place(self, raw: bytes, without: Container[str] = ()) -> tuple[Segment, int] | None:
         """Where the page lies undamaged: first of the candidates by segment key, so that all processes agree."""
         with self._lock:
-            places = [place for place in self._good_places(raw) if place[0].key not in without]
-        return min(places, key=lambda place: place[0].key, default=None)
+            places = self._good_places(raw)
+        if without:
+            places = [place for place in places if place[0].key not in without]
+        return min(places, key=lambda place: place[0].key) if len(places) > 1 else places[0] if places else None
 
     def _good_places(self, raw: bytes) -> list[tuple[Segment, int]]:
-        return [place for place in self._places.get(raw, ()) if (place[0].key, raw) not in self._damaged]
+        places = self._places.get(raw, [])
+        return [place for place in places if (place[0].key, raw) not in self._damaged] if self._damaged else places
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -201,8 +205,8 @@ class PageStore:
         def hash_all(window: Sequence[Buffer]) -> list[bytes]:
             return [self._digest(page) for page in window]
 
-        windows = list(_windows(pages, [len(page) for page in pages], _WINDOW))
-        return zip(windows, self._workers.map(hash_all, windows), strict=True)
+        parts = list(windows(pages, [len(page) for page in pages], _WINDOW))
+        return zip(parts, self._workers.map(hash_all, parts), strict=True)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -259,7 +263,7 @@ class PageStore:
         known = [(digest, size) for digest, size in found if size is not None]
         done = len(bad)
         scratch = memoryview(bytearray(16 * _WINDOW))
-        for window in _windows(known, [size for _, size in known], len(scratch)):
+        for window in windows(known, [size for _, size in known], len(scratch)):
             wanted, start = [], 0
             for digest, size in window:
                 if size > len(scratch):
@@ -275,7 +279,25 @@ class PageStore:
     def _read(self, wanted: Sequence[_Wanted], without: Container[str] = ()) -> list[_Wanted]:
         """Read what can be read and return the rest: pages that are missing, or damaged in every copy."""
         failed: list[_Wanted] = []
-        plan: dict[str, list[tuple[int, _Wanted]]] = {}
+        tasks: list[Future[list[_Wanted]]] = []
+        try:
+            for part in windows(wanted, [len(out) for _, out in wanted], _PART):  # workers read while we look up
+                for key, reads in self._locate(part, without, failed).items():
+                    reads.sort(key=lambda read: read[0])
+                    near = windows(reads, [len(out) for _, (_, out) in reads], _WINDOW)
+                    tasks += [self._workers.submit(self._read_window, key, window) for window in near]
+        finally:
+            wait(tasks)  # all of them, also when one raises: the buffers are the caller's again on return
+        damaged = [read for task in tasks for read in task.result()]
+        if damaged:  # try another copy; each round marks one more place of each, so this ends
+            failed += self._read(damaged, without)
+        return failed
+
+    def _locate(
+        self, wanted: Iterable[_Wanted], without: Container[str], failed: list[_Wanted]
+    ) -> dict[str, list[tuple[int, _Wanted]]]:
+        """Offsets by segment; what lies nowhere goes to ``failed``."""
+        found: dict[str, list[tuple[int, _Wanted]]] = {}
         for raw, out in wanted:
             place = self._place(raw, without)
             if place is None:
@@ -285,17 +307,8 @@ class PageStore:
             start, size = segment.span(entry)
             if len(out) != size:
                 raise InvalidInput(f"page {self._name(raw)} has {size} bytes, its buffer {len(out)}")
-            plan.setdefault(segment.key, []).append((start, (raw, out)))
-        tasks: list[Future[list[_Wanted]]] = []
-        for key, reads in plan.items():
-            reads.sort(key=lambda read: read[0])
-            windows = _windows(reads, [len(out) for _, (_, out) in reads], _WINDOW)
-            tasks += [self._workers.submit(self._read_window, key, window) for window in windows]
-        wait(tasks)  # all of them, also when one raises: the buffers are the caller's again on return
-        damaged = [read for task in tasks for read in task.result()]
-        if damaged:  # try another copy; each round marks one more place of each, so this ends
-            failed += self._read(damaged, without)
-        return failed
+            found.setdefault(segment.key, []).append((start, (raw, out)))
+        return found
 
     def _read_window(self, key: str, reads: Sequence[tuple[int, _Wanted]]) -> list[_Wanted]:
         """Read and verify neighbours in one segment; those that are damaged there."""
@@ -353,7 +366,7 @@ class PageStore:
         """
         done = 0
         with Batch(self._store, self.algorithm) as batch:
-            for window in _windows(digests, [self.size(digest) or 0 for digest in digests], 16 * _WINDOW):
+            for window in windows(digests, [self.size(digest) or 0 for digest in digests], 16 * _WINDOW):
                 outs = [memoryview(bytearray(self.size(digest) or 0)) for digest in window]
                 self.get_into(window, outs)
                 for digest, out in zip(window, outs, strict=True):
@@ -373,22 +386,9 @@ class PageStore:
         self._workers.shutdown()
 
     def _raw(self, digest: str) -> bytes:
-        algorithm, _, text = parse_digest(digest).partition(":")
-        if algorithm != self.algorithm:
-            raise InvalidInput(f"this repository names pages by {self.algorithm}, got {digest}")
-        return bytes.fromhex(text)
+        if parse_digest(digest).startswith(self.algorithm):
+            return bytes.fromhex(digest_hex(digest))
+        raise InvalidInput(f"this repository names pages by {self.algorithm}, got {digest}")
 
     def _name(self, raw: bytes) -> str:
         return format_digest(self.algorithm, raw)
-
-
-def _windows(items: Sequence[_T], sizes: Sequence[int], most: int) -> Iterator[Sequence[_T]]:
-    """Runs of items of at most ``most`` bytes together, at least one item each."""
-    start = total = 0
-    for end, size in enumerate(sizes):
-        if total and total + size > most:
-            yield items[start:end]
-            start, total = end, 0
-        total += size
-    if start < len(items):
-        yield items[start:]
