@@ -2,7 +2,7 @@
 
     python bench/engine.py [--json FILE]
 
-A tiny random model on this machine's CPU. Peers and ours take turns in one process; medians.
+A tiny random model on this machine's CPU. transformers and kvist take turns in one process; medians.
 """
 
 from __future__ import annotations
@@ -38,10 +38,6 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def median(reps: int, work: Callable[[int], float]) -> float:
-    return statistics.median(work(i) for i in range(reps))
-
-
 def generate(engine: Engine, prompt: list[int], tokens: int, **options: str) -> list[int]:
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     return [step.token_id for step in engine.submit(prompt, params, **options)]
@@ -65,8 +61,10 @@ def cost_of_tiles(engine: Engine, model_dir: Path) -> dict[str, float]:
 
     result = {}
     for what, prompt, tokens, count in (("prefill", 1024, 1, 1024), ("decode", 16, 128, 128)):
-        result[f"{what} kvist tokens/s"] = count / median(5, lambda i, p=prompt, t=tokens: ours(p, t, 100 + i))
-        result[f"{what} generate tokens/s"] = count / median(5, lambda i, p=prompt, t=tokens: theirs(p, t, 100 + i))
+        pairs = [(ours(prompt, tokens, 100 + i), theirs(prompt, tokens, 100 + i)) for i in range(7)]
+        kvist_s, generate_s = (statistics.median(times) for times in zip(*pairs, strict=True))
+        result[f"{what} kvist tokens/s"] = count / kvist_s
+        result[f"{what} generate tokens/s"] = count / generate_s
         result[f"{what} ratio"] = result[f"{what} kvist tokens/s"] / result[f"{what} generate tokens/s"]
     return result
 
@@ -100,28 +98,30 @@ def two_snapshots(engine: Engine, directory: Path) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in result.items()}
 
 
-def restore_or_prefill(make: Callable[[], Engine], url: str, tokens: int) -> dict[str, float]:
+def restore_or_prefill(make: Callable[[], Engine], url: str, tokens: int, reps: int = 3) -> dict[str, float]:
     """Time to the first new token in a fresh engine: restore and go on, or prefill again."""
     prompt = ids(tokens, tokens)
     arena = Arena()
+    times: dict[str, list[float]] = {"snapshot": [], "restore": [], "prefill": []}
     with Repository.init(url) as repo:
-        with make() as engine:
-            generate(engine, prompt, 1, sequence_id="s")
-            captured = capture(HfPager(engine), repo, branch="s")
-        with make() as engine:
-            prefill_s = timed(lambda: generate(engine, prompt, 1))
-        with make() as engine:
+        for rep in range(reps):
+            with make() as engine:
+                times["prefill"].append(timed(lambda: generate(engine, prompt, 1, sequence_id="s")))
+                captured = capture(HfPager(engine), repo, branch=f"s{rep}", arena=arena)
+                times["snapshot"].append(captured.total_s)
 
             def restore_and_go_on() -> None:
-                restore(HfPager(engine), repo, "s", arena=arena)
+                restore(HfPager(engine), repo, f"s{rep}", arena=arena)
                 generate(engine, [], 1, resume="s")
 
-            restore_s = timed(restore_and_go_on)
+            with make() as engine:
+                times["restore"].append(timed(restore_and_go_on))
             page_bytes = 2 * engine.layout.page_bytes
+    restore_s, prefill_s = statistics.median(times["restore"]), statistics.median(times["prefill"])
     return {
         "tokens": tokens,
         "MB": captured.pages * page_bytes / 1e6,
-        "snapshot ms": captured.total_s * 1e3,
+        "snapshot ms": statistics.median(times["snapshot"]) * 1e3,
         "restore to first token ms": restore_s * 1e3,
         "prefill to first token ms": prefill_s * 1e3,
         "ratio": prefill_s / restore_s,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 class Peer(Protocol):
     name: str
-    promise: str  # what it gives for its speed, so that numbers are read fairly
+    promise: str  # what it gives, and does not, for its speed
     share: float  # part of the data it is given; slow peers get less
 
     def put(self, directory: Path, pages: list[memoryview]) -> None: ...
@@ -103,7 +103,7 @@ class LMCache:
         config = self._config_type.from_defaults(
             chunk_size=16,
             local_cpu=False,
-            max_local_cpu_size=6.0,
+            max_local_cpu_size=3.0,
             local_disk=f"file://{directory}",
             max_local_disk_size=8.0,
             extra_config={"use_odirect": True},
@@ -144,7 +144,6 @@ class LMCache:
 
     def close(self) -> None:
         self._disk.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
 
 
 PEERS: list[type[Any]] = [ProcessFork, Safetensors, LMCache]

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvist.repo import Repository
-from peers import PEERS
+from peers import PEERS, Peer
 
 CORES = os.cpu_count() or 1
 CHUNK = 4 << 20
@@ -119,7 +119,8 @@ class Limits:
 
 
 class Bench:
-    def __init__(self, gib: float, directory: Path) -> None:
+    def __init__(self, gib: float, directory: Path, peers: list[Peer]) -> None:
+        self.peers = peers
         self.size = int(gib * (1 << 30)) // (CHUNK * CORES) * CHUNK * CORES
         self.directory = directory
         self.source = mmap.mmap(-1, self.size)
@@ -129,7 +130,6 @@ class Bench:
             self.source[start : start + len(noise)] = noise[: self.size - start]
             self.target[start : start + len(noise)] = bytes(min(len(noise), self.size - start))
         self.rates: dict[str, list[float]] = defaultdict(list)
-        self.missing: set[str] = set()
 
     def note(self, name: str, seconds: float, share: float = 1.0) -> None:
         self.rates[name].append(self.size * share / seconds / 1e9)
@@ -156,8 +156,8 @@ class Bench:
         limits.path.unlink()
         for durable in (False, True):
             self.kvist(pages, durable)
-        for peer_type in PEERS:
-            self.peer(peer_type, pages)
+        for peer in self.peers:
+            self.peer(peer, pages)
 
     def kvist(self, pages: list[memoryview], durable: bool) -> None:
         root = self.directory / "kvist"
@@ -178,12 +178,7 @@ class Bench:
         repo.close()
         shutil.rmtree(root)
 
-    def peer(self, peer_type: type, pages: list[memoryview]) -> None:
-        try:
-            peer = peer_type()
-        except ImportError as error:
-            self.missing.add(f"{peer_type.name} ({error})")
-            return
+    def peer(self, peer: Peer, pages: list[memoryview]) -> None:
         root = self.directory / "peer"
         some = pages[: max(1, int(len(pages) * peer.share))]
         share = len(some) / len(pages)
@@ -216,9 +211,15 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(width=110)
     report: dict[str, object] = {}
+    peers: list[Peer] = []
+    for peer_type in PEERS:
+        try:
+            peers.append(peer_type())
+        except ImportError as error:
+            console.print(f"left out: {peer_type.name} ({error})")
     for page in (1 << 20, 64 << 10):
         with tempfile.TemporaryDirectory(prefix="kvist-bench-", dir=args.directory) as directory:
-            bench = Bench(args.gib, Path(directory))
+            bench = Bench(args.gib, Path(directory), peers)
             for seed in range(args.reps):
                 bench.round(page, seed)
         rate = {name: statistics.median(rates) for name, rates in bench.rates.items()}
@@ -229,14 +230,12 @@ def main() -> None:
         ratios = Table("kvist against its limit", "ratio", "aim")
         for what, ours, limit, aim in RATIOS:
             ratios.add_row(f"{what}: {ours} / {limit}", f"{rate[ours] / rate[limit]:.2f}", str(aim or ""))
-        for peer in PEERS:
+        for peer in peers:
             for act in ("put", "re-put", "get"):
                 if f"{peer.name} {act}" in rate:
                     ratio = rate[f"kvist durable {act}"] / rate[f"{peer.name} {act}"]
                     ratios.add_row(f"{act} against {peer.name} ({peer.promise})", f"{ratio:.1f}", "")
         console.print(ratios)
-        for name in sorted(bench.missing):
-            console.print(f"left out: {name}")
         report[f"{page >> 10} KiB"] = {"GB/s": rate}
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))

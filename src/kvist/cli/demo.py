@@ -186,9 +186,10 @@ def run_cases(directory: Path, cases: Sequence[Case], say: Callable[[str], None]
 
 def _reprefill(worker: Worker, case: Case, ids: list[int]) -> tuple[int, float]:
     """Tokens of context that are computed again without a checkout, and milliseconds to the first new token."""
-    started = time.perf_counter()
-    line = _generate(worker, case, 1, prompt=case.prompt() + ids)
-    return PROMPT_TOKENS + FIRST_TOKENS - 1 - line.cached_tokens, (time.perf_counter() - started) * 1000
+    with _neighbours(worker, case.neighbours):
+        started = time.perf_counter()
+        line = _generate(worker, case, 1, prompt=case.prompt() + ids)
+        return PROMPT_TOKENS + FIRST_TOKENS - 1 - line.cached_tokens, (time.perf_counter() - started) * 1000
 
 
 def _save(worker: Worker, case: Case, store: Path) -> _Saved:
