@@ -233,7 +233,7 @@ def _continue(worker: Worker, case: Case, saved: _Saved, expected: _Line, fresh:
     return Outcome(
         case=case.name,
         bit_exact=exact,
-        max_abs_logit_diff=max(abs(a - b) for line in lines for a, b in zip(line.logits, wanted_logits, strict=True)),
+        max_abs_logit_diff=max(_distance(line.logits, wanted_logits) for line in lines),
         lines=len(lines),
         tokens=MORE_TOKENS,
         restored_tokens=checkout["restored_tokens"],
