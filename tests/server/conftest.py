@@ -17,14 +17,16 @@ from starlette.applications import Starlette
 from kvist.engines.hf import Engine, HfPager, SamplingParams
 from kvist.repo import Repository
 from kvist.server import Server, Tokenizer, bind, create_app, url_of
+from kvist.server.sessions import Sessions
 from kvist.testing.models import make_model, make_tokenizer
 
 
 class Api:
     """A client of one server, and what is behind it."""
 
-    def __init__(self, url: str, engine: Engine, repo: Repository, tokenizer: Tokenizer) -> None:
+    def __init__(self, url: str, engine: Engine, repo: Repository, tokenizer: Tokenizer, sessions: Sessions) -> None:
         self.url, self.engine, self.repo, self.tokenizer = url, engine, repo, tokenizer
+        self.sessions = sessions
         self.http = httpx2.Client(base_url=url, timeout=None)
 
     def post(self, path: str, body: Any = None, **headers: str) -> httpx2.Response:
@@ -113,7 +115,7 @@ def serving(engine: Engine, repo: Repository, model_dir: Path, **settings: Any) 
     assert tokenizer is not None
     app = create_app(engine, repo, pager=HfPager, params=SamplingParams, tokenizer=tokenizer, **settings)
     with running(app) as url:
-        api = Api(url, engine, repo, tokenizer)
+        api = Api(url, engine, repo, tokenizer, app.state.served.sessions)
         with api.http:
             yield api
 

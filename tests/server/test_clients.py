@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -82,6 +83,18 @@ def test_openai_chat(client: openai.OpenAI) -> None:
     assert texts == {0: whole.choices[0].message.content, 1: whole.choices[1].message.content}
     assert usage.completion_tokens == 40
     assert usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_openai_chat_over_several_turns(api: Api, client: openai.OpenAI) -> None:
+    messages: list[Any] = [MESSAGES[1]]
+    for _ in range(3):
+        answer = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=4, seed=1)
+        messages += [answer.choices[0].message.model_dump(), {"role": "user", "content": "And then?"}]
+    assert {"annotations", "audio", "function_call", "refusal", "tool_calls"} <= messages[1].keys()
+    empty = {"annotations": [], "tool_calls": [], "refusal": "", "reasoning_content": None}
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    answers = [api.complete(m, chat=True, max_tokens=4, seed=1) for m in (plain, [m | empty for m in plain])]
+    assert answers[0]["choices"] == answers[1]["choices"]
 
 
 def test_openai_errors(client: openai.OpenAI) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import base64
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+
+from kvist.engines.hf import Request, SamplingParams, StepOutput
+from kvist.server.generation import Choice, Start
 
 from .conftest import Api, error_of
 
@@ -117,6 +121,23 @@ def test_stop_strings_end_the_text_and_the_sequence(api: Api) -> None:
         assert [seq["tokens"] for seq in taken["sequences"]] == [len(choice["prompt_token_ids"]) + len(ids)]
         going_on = api.tokens(None, kv_transfer_params={"snapshot": taken["cid"]}, max_tokens=60 - len(ids))
         assert going_on == whole["token_ids"][len(ids) :]
+
+
+def test_a_stop_string_in_the_last_token_ends_the_text(api: Api) -> None:
+    whole = api.complete(PROMPT, max_tokens=10, temperature=0)["choices"][0]
+    choice = api.complete(PROMPT, max_tokens=10, temperature=0, stop=whole["text"][-1:])["choices"][0]
+    found = whole["text"].index(whole["text"][-1:])
+    assert (choice["text"], choice["finish_reason"]) == (whole["text"][:found], "stop")
+    # here the stop string is U+FFFD for bytes that no further token completes: it comes when the text ends
+    half = next(n for n in range(3, 512) if api.tokenizer.piece(n) == b"\xc3")
+    pieces: list[Any] = []
+    ended = Choice(0, "x", Start([], SamplingParams()), api.tokenizer.decode, ["\ufffd"], pieces.append)
+    ended.request = Request("x", 0, None)
+    ended._submitted.set()
+    ended._on_event(StepOutput(half, 0.0))
+    ended.request.finish_reason = "length"
+    ended._on_event(None)
+    assert [(piece.text, piece.finish_reason) for piece in pieces] == [("", None), ("", "stop")]
 
 
 def test_stop_ids_and_ignore_eos(api: Api) -> None:

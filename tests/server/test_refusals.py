@@ -66,7 +66,9 @@ def test_bad_completions(api: Api, body: dict[str, Any], param: str) -> None:
         ({"messages": [{"content": "hi"}]}, "messages[...].role"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[...].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[...].content[...].type"),
-        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[...].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "messages[...].tool_calls"),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[...].audio"),
+        ({"messages": [{"role": "user", "content": "hi", "colour": "red"}]}, "messages[...].colour"),
         (CHAT | {"top_logprobs": 2}, "top_logprobs"),
         (CHAT | {"max_completion_tokens": 5000}, "max_completion_tokens"),
         (CHAT | {"logprobs": 2}, "logprobs"),
@@ -130,7 +132,10 @@ def test_prompts_that_are_too_long(api: Api) -> None:
 def test_too_many_logits_at_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvist.server.plan._LOGITS_MAX", 10_000)
     body = {"prompt": "a", "max_tokens": 10, "kvist": {"logits": True}}
-    assert error_of(api.post("/v1/completions", body), 400, "invalid_input")["param"] == "kvist.logits"
+    for more in ({}, {"max_tokens": 1, "n": 5}, {"max_tokens": 1, "prompt": ["a"] * 5}):
+        error = error_of(api.post("/v1/completions", body | more), 400, "invalid_input")
+        assert error["param"] == "kvist.logits"
+    assert api.post("/v1/completions", body | {"max_tokens": 2, "n": 2}).status_code == 200
 
 
 def test_routes_and_methods(api: Api) -> None:

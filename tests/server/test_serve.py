@@ -41,7 +41,9 @@ def ready(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def test_serve_until_a_signal(model_dir: Path, tmp_path: Path) -> None:
-    process = start(model_dir, "--served-model-name", "served", KVIST_STORE=str(tmp_path / "store"))
+    process = start(
+        model_dir, "--served-model-name", "served", "--layout-model", "kept", KVIST_STORE=str(tmp_path / "store")
+    )
     url, store = ready(process)
     with process, httpx2.Client(base_url=url, timeout=None) as client:
         assert store == f"file://{tmp_path / 'store'}"
@@ -51,6 +53,7 @@ def test_serve_until_a_signal(model_dir: Path, tmp_path: Path) -> None:
             lines = answer.iter_lines()
             next(lines)
             assert client.post("/v1/processfork/snapshot").status_code == 200
+            assert client.get("/v1/processfork/snapshots/main").json()["layout"]["model"] == "kept"
             process.send_signal(signal.SIGTERM)
             *_, last, _ = lines  # what has begun is finished
             assert last == "data: [DONE]"

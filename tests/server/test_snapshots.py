@@ -250,3 +250,62 @@ def test_a_sequence_ended_by_a_stop_string_goes_on_with_its_draws(own: Api) -> N
     assert len(ids) < 24
     transfer = {"snapshot": own.fork("snapshot", request_id=first["id"])["cid"]}
     assert ids + own.tokens(None, max_tokens=24 - len(ids), kv_transfer_params=transfer) == whole["token_ids"]
+
+
+def test_a_snapshot_goes_on_after_its_checkout_was_captured_again(own: Api) -> None:
+    answer = own.complete(PROMPT, max_tokens=4, **SAMPLED)
+    first = own.fork("snapshot", request_id=answer["id"])["cid"]
+    expected = own.tokens(None, max_tokens=6, kv_transfer_params={"snapshot": first})
+    own.fork("checkout", cid=first)
+    second = own.fork("snapshot")["cid"]
+    assert own.tokens(None, max_tokens=6, kv_transfer_params={"snapshot": first}) == expected
+    transfer = {"snapshot": second, "sequence": f"{first[7:19]}/{answer['id']}"}
+    assert own.tokens(None, max_tokens=6, kv_transfer_params=transfer) == expected
+
+
+def test_parameters_equal_to_the_snapshots_go_on(own: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, overrides = own.engine.submit, []
+
+    def noting(*args: Any, **more: Any) -> Any:
+        overrides.append(dict(more["override"]))
+        return submit(*args, **more)
+
+    monkeypatch.setattr(own.engine, "submit", noting)
+    settings = SAMPLED | {"stop_token_ids": [511]}
+    whole = own.tokens(PROMPT, max_tokens=16, **settings)
+    answer = own.complete(PROMPT, max_tokens=6, **settings)
+    transfer = {"snapshot": own.fork("snapshot", request_id=answer["id"])["cid"]}
+    going_on = own.complete(None, max_tokens=10, kv_transfer_params=transfer, n=2, **settings)["choices"]
+    assert going_on[0]["token_ids"] == whole[6:]
+    assert going_on[1]["token_ids"] != whole[6:]
+    assert overrides[-2:] == [{}, {"seed": 6}]
+    assert own.tokens(None, max_tokens=10, kv_transfer_params=transfer, top_k=0) == whole[6:]
+    anew = own.tokens(None, max_tokens=10, kv_transfer_params=transfer, **settings | {"seed": 6})
+    assert anew == own.tokens(PROMPT + whole[:6], max_tokens=10, **settings | {"seed": 6})
+
+
+def test_copies_that_an_eviction_cut_short_are_submitted_again(own: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = own.complete(PROMPT, max_tokens=4, **SAMPLED)
+    transfer = {"snapshot": own.fork("snapshot", request_id=answer["id"])["cid"]}
+    expected = own.complete(None, max_tokens=5, n=3, kv_transfer_params=transfer)["choices"]
+    submit, names = own.engine.submit, []
+
+    def evicting(*args: Any, **settings: Any) -> Any:
+        names.append(settings["sequence_id"])
+        if len(names) == 2:
+            own.engine.drop(settings["resume"])
+        return submit(*args, **settings)
+
+    monkeypatch.setattr(own.engine, "submit", evicting)
+    again = own.complete(None, max_tokens=5, n=3, kv_transfer_params=transfer)["choices"]
+    assert [choice["token_ids"] for choice in again] == [choice["token_ids"] for choice in expected]
+    assert len(names) == len(set(names)) == 5
+
+
+def test_heads_of_sequences_that_are_gone_are_forgotten(own: Api) -> None:
+    answer = own.complete(PROMPT, max_tokens=2)
+    base = own.fork("snapshot", request_id=answer["id"])["cid"]
+    for cid in own.fork("fork", cid=base, n=4)["cids"]:
+        (sequence,) = own.fork("checkout", cid=cid)["sequences"]
+        own.engine.drop(sequence["engine_id"])
+    assert list(own.sessions._engine_heads) == [cid]

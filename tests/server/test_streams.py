@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import threading
 import time
 from urllib.parse import urlsplit
+
+import pytest
 
 from .conftest import Api, error_of
 
@@ -100,3 +103,14 @@ def test_a_client_that_does_not_wait_for_its_answer_frees_it(own: Api) -> None:
             time.sleep(0.01)
     wait_until_idle(own)
     own.engine.check_integrity()
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_bug(own: Api, caplog: pytest.LogCaptureFixture) -> None:
+    address = urlsplit(own.url)
+    with caplog.at_level(logging.INFO):
+        for path in ("/v1/completions", "/v1/processfork/snapshot"):
+            with socket.create_connection((address.hostname, address.port)) as client:
+                client.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+                own.get("/health")
+        time.sleep(0.2)
+    assert not [record for record in caplog.records if record.exc_info]

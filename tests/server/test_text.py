@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from kvist.server.text import Detokenizer, StopStrings
 
@@ -51,6 +53,53 @@ def test_junk_is_given_out_while_it_comes() -> None:
 
 def test_a_character_over_prompt_and_output() -> None:
     assert "".join(run([b"a", "ä".encode()[:1]], ["ä".encode()[1:], b"b"])) == "äb"
+
+
+LLAMA = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+GEMMA = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+
+
+def byte_fallback(parts: list[decoders.Decoder]) -> Tokenizer:
+    """Letters and the space are tokens, all else is bytes: as Llama 2, Mistral and Gemma do it."""
+    letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz", *(f"<0x{byte:02X}>" for byte in range(256)), "<unk>"]
+    vocab = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
+@pytest.mark.parametrize("parts", [LLAMA, GEMMA], ids=["llama", "gemma"])
+@pytest.mark.parametrize(
+    "whole",
+    [
+        "🌲🌳🌴🌵🌾🌿🍀🍁🍂🍃 ok",
+        "a 👨\u200d👩\u200d👧\u200d👦 b",
+        "木の枝から枝が生える。" * 4,
+        "é日🌲x" * 8,
+        "  a  木  ",
+    ],
+)
+def test_byte_fallback_streams_what_it_decodes_at_once(parts: list[decoders.Decoder], whole: str) -> None:
+    tokenizer = byte_fallback(parts)
+    ids = tokenizer.encode(whole.replace(" ", "\u2581")).ids
+    text = tokenizer.decode(ids)
+    assert text.strip() == whole.strip()
+    for prompt in range(len(ids) + 1):
+        detokenizer = Detokenizer(tokenizer.decode, ids[:prompt])
+        out = [*map(detokenizer.push, ids[prompt:]), detokenizer.flush()]
+        assert not any("\ufffd" in part for part in out)
+        # a character that the prompt began belongs to the output
+        settled = next(n for n in range(prompt, -1, -1) if "\ufffd" not in tokenizer.decode(ids[:n]))
+        assert tokenizer.decode(ids[:settled]) + "".join(out) == text
+
+
+def test_byte_fallback_with_broken_bytes_keeps_the_text_around_them() -> None:
+    tokenizer = byte_fallback(LLAMA)
+    broken = tokenizer.token_to_id("<0xF0>")
+    start, end = tokenizer.encode("🌲" * 5).ids, tokenizer.encode("木\u2581b").ids
+    detokenizer = Detokenizer(tokenizer.decode)
+    ids = [*start, broken, tokenizer.token_to_id("a"), *end]
+    assert "".join([*map(detokenizer.push, ids), detokenizer.flush()]) == "🌲" * 5 + "\ufffda木 b"
 
 
 @settings(max_examples=40, deadline=None)

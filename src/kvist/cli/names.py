@@ -89,7 +89,7 @@ def _look_or_mend(run: Invocation, kind: RefKind, name: str | None, rev: str | N
         elif rev is None:
             _tell(run, _find(repo, kind, name), "names")
         else:
-            _tell(run, repo.refs.mend(kind, name, repo.resolve(rev)), "is mended; it names")
+            _tell(run, repo.mend_ref(kind, name, rev), "is mended; it names")
 
 
 def _find(repo: Repository, kind: RefKind, name: str) -> Ref:

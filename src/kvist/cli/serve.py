@@ -19,7 +19,13 @@ from kvist.cli.invocation import Invocation, common
 @click.option("--pages", default=1024, show_default=True, type=click.IntRange(1), help="Pages in the engine's pool.")
 @click.option("--page-size", default=16, show_default=True, type=click.IntRange(1), help="Tokens a page.")
 @click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads; part of what decides the bits.")
-@click.option("--served-model-name", default=None, help="What clients call it.  [default: the directory's name]")
+@click.option("--served-model-name", default=None, help="What clients call the model.  [default: its layout's name]")
+@click.option(
+    "--layout-model",
+    default=None,
+    metavar="NAME",
+    help="Model name recorded in snapshots; pages are refused under another.  [default: the directory's name]",
+)
 @click.option("--max-model-len", default=None, type=click.IntRange(1), help="Tokens a sequence may have.")
 @click.option(
     "--log-level",
@@ -39,6 +45,7 @@ def serve(
     page_size: int,
     threads: int | None,
     served_model_name: str | None,
+    layout_model: str | None,
     max_model_len: int | None,
     log_level: str,
 ) -> None:
@@ -62,15 +69,17 @@ def serve(
             pages=pages,
             page_size_tokens=page_size,
             threads=threads,
-            name=served_model_name,
+            name=layout_model,
             max_model_len=max_model_len,
         )
         tokenizer = Tokenizer.load(model)
         with engine:
-            app = create_app(engine, repo, pager=HfPager, params=SamplingParams, tokenizer=tokenizer)
+            app = create_app(
+                engine, repo, pager=HfPager, params=SamplingParams, tokenizer=tokenizer, name=served_model_name
+            )
 
             def ready() -> None:
-                name = engine.layout.model
+                name = app.state.served.name
                 click.echo(f"kvist serving {name} at {url_of(listener)} (store {repo.store.url})", err=True)
 
             serve_app(app, listener, log_level=log_level, ready=ready, end_streams=engine.close)

@@ -95,15 +95,15 @@ class CompletionAnswer(Answer):
     def _content(self, piece: Piece, first: bool, stream: bool) -> dict[str, Any]:
         echo = self.echo[piece.index] if self.echo else ""
         text = echo + piece.text if first else piece.text
-        return {"text": text, "logprobs": self._logprobs(piece, len(echo)) if self.logprobs else None}
+        return {"text": text, "logprobs": self._logprobs(piece) if self.logprobs else None}
 
-    def _logprobs(self, piece: Piece, shift: int) -> dict[str, Any]:
+    def _logprobs(self, piece: Piece) -> dict[str, Any]:
         tops = [{**dict(step.top), step.token_id: step.logprob} for step in piece.steps]
         return {
             "tokens": [self._name(step.token_id) for step in piece.steps],
             "token_logprobs": [step.logprob for step in piece.steps],
             "top_logprobs": [{self._name(token): logprob for token, logprob in top.items()} for top in tops],
-            "text_offset": [shift + offset for offset in piece.offsets],
+            "text_offset": list(piece.offsets),
         }
 
     def _name(self, token: int) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -18,7 +18,7 @@ from kvist.server.plan import Served
 from kvist.server.schema import BODY_MAX
 from kvist.server.sessions import Sessions
 from kvist.server.snapshots import Snapshots
-from kvist.server.wire import json_response
+from kvist.server.wire import CLIENT_GONE, json_response
 
 if TYPE_CHECKING:
     from kvist.engines.hf import Engine, SamplingParams
@@ -90,6 +90,8 @@ def _guarded(endpoint: _Endpoint) -> _Endpoint:
     async def guarded(request: Request) -> Response:
         try:
             return await endpoint(request)
+        except ClientDisconnect:  # while its body was read; nobody sees the answer
+            return Response(status_code=CLIENT_GONE)
         except Exception as error:
             return error_response(error)
 

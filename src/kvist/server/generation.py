@@ -132,6 +132,9 @@ class Choice:
 
     def _on_end(self, reason: str | None) -> None:
         text = self._stops.push(self._text.flush()) + self._stops.flush()
+        if self._stops.found is not None:
+            # Also where the engine was about to stop for another reason: the stop string is what ended the text.
+            reason = "stop"
         self._deliver(Piece(self.index, text, finish_reason="abort" if reason == "cancelled" else reason))
 
     def _handle(self) -> Request:

@@ -21,7 +21,7 @@ from kvist.server.errors import BadRequest
 from kvist.server.generation import Generation, Piece, sequence_ids
 from kvist.server.plan import Plan, Served, make_plan
 from kvist.server.schema import ChatBody, CompletionBody, read_body
-from kvist.server.wire import ClientGone, EventStream, json_response, while_connected
+from kvist.server.wire import CLIENT_GONE, ClientGone, EventStream, json_response, while_connected
 
 _REMEMBERED: Final = 10_000
 _RESUMES: Final = 3
@@ -101,11 +101,10 @@ class OpenAI:
     async def _answer(self, request: Request, body: CompletionBody | ChatBody, prefix: str) -> Response:
         if body.stream_options is not None and not body.stream:
             raise BadRequest("stream_options: only with stream: true", param="stream_options")
-        request_id = prefix + uuid.uuid4().hex
         client_id = request.headers.get("x-request-id")
-        headers = {"X-Request-Id": client_id or request_id}
-        plan, generation = await self._submit(request_id, client_id, body)
-        answer = self._shape(request_id, body, plan)
+        plan, generation = await self._submit(prefix, client_id, body)
+        headers = {"X-Request-Id": client_id or generation.id}
+        answer = self._shape(generation.id, body, plan)
         pieces = generation.pieces()
         try:
             # The first piece is awaited before the status is sent: most failures come before it.
@@ -116,7 +115,7 @@ class OpenAI:
             choices = await while_connected(request, lambda: _collect(first, pieces, len(plan.starts)))
         except ClientGone:
             generation.cancel()
-            return Response(status_code=499)
+            return Response(status_code=CLIENT_GONE)
         except BaseException:
             generation.cancel()
             raise
@@ -126,10 +125,12 @@ class OpenAI:
         return json_response(document, headers)
 
     async def _submit(
-        self, request_id: str, client_id: str | None, body: CompletionBody | ChatBody
+        self, prefix: str, client_id: str | None, body: CompletionBody | ChatBody
     ) -> tuple[Plan, Generation]:
         served = self._served
         for attempt in range(_RESUMES):
+            # New names each time: copies that were cancelled may still hold theirs.
+            request_id = prefix + uuid.uuid4().hex
             plan = await to_thread.run_sync(make_plan, served, body, limiter=self._limiter)
             if plan.session is not None:
                 served.sessions.set_head(sequence_ids(request_id, len(plan.starts)), plan.session.cid)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _CHOICES_MAX: Final = 1024
 _LOGITS_MAX: Final = 256 * 1024 * 1024
+"""Bytes of logits in an answer that is not streamed: all of its choices together."""
 _COMPLETION_TOKENS: Final = 16
 """OpenAI's default for completions; a chat goes on as long as there is room."""
 
@@ -84,6 +85,8 @@ def make_plan(served: Served, body: CompletionBody | ChatBody) -> Plan:
     if n * len(prompts) > _CHOICES_MAX:
         raise BadRequest(f"n: expected at most {_CHOICES_MAX} choices in all, got {n * len(prompts)}", param="n")
     starts = [_start(served, body, ids, session, number) for ids in prompts for number in range(n)]
+    if body.wants_logits and not body.stream:
+        _check_logits(sum(start.params.max_tokens for start in starts), served.engine.model.vocab)
     return Plan(starts, len(prompts), session)
 
 
@@ -140,19 +143,23 @@ def _start(served: Served, body: GenerationBody, ids: list[int], session: Sessio
         return Start(ids, replace(params, seed=seed))
     known = session.sequence.token_ids
     whole = _continued(known, ids, session, _field(body))
-    override = _given(body)
+    carried = _sampling(session)
+    wanted = _given(body)
     if body.seed is not None:
-        override["seed"] = (body.seed + number) % SEEDS
+        wanted["seed"] = (body.seed + number) % SEEDS
     elif number:  # the first choice goes on with the sequence's draws; the others branch off
-        override["seed"] = derived_seed(_seed(session), len(whole), number)
+        wanted["seed"] = derived_seed(carried.get("seed") or 0, len(whole), number)
+    override = {name: value for name, value in wanted.items() if name not in carried or carried[name] != value}
     return Start(whole, _params(served, body, len(whole)), session.engine_id, len(whole) - len(known), override)
 
 
-def _seed(session: Session) -> int:
-    """Of a sequence's generator; 0 where its state has none."""
+def _sampling(session: Session) -> dict[str, Any]:
+    """The parameters that a sequence carries, in the form of `_given`."""
     sampling = session.sequence.state.get("sampling")
-    seed = sampling.get("seed") if isinstance(sampling, dict) else None
-    return seed if isinstance(seed, int) else 0
+    if not isinstance(sampling, dict):
+        return {}
+    stops = sampling.get("stop_token_ids")
+    return sampling | ({"stop_token_ids": tuple(stops)} if isinstance(stops, list | tuple) else {})
 
 
 def _continued(known: Sequence[int], ids: list[int], session: Session, param: str) -> list[int]:
@@ -178,6 +185,14 @@ def _given(body: GenerationBody) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _check_logits(rows: int, vocab: int) -> None:
+    if 4 * vocab * rows > _LOGITS_MAX:
+        raise BadRequest(
+            f"kvist.logits: {rows} rows of {vocab} are over {_LOGITS_MAX} bytes; stream them, or ask for fewer tokens",
+            param="kvist.logits",
+        )
+
+
 def _params(served: Served, body: GenerationBody, tokens: int, **defaults: Any) -> SamplingParams:
     room = max(served.engine.max_model_len - tokens, 1)
     wanted, param = body.max_tokens, "max_tokens"
@@ -201,11 +216,5 @@ def _params(served: Served, body: GenerationBody, tokens: int, **defaults: Any) 
             param=param,
         )
     count = default if wanted is None else wanted
-    vocab = served.engine.model.vocab
-    if body.wants_logits and 4 * vocab * count > _LOGITS_MAX and not body.stream:
-        raise BadRequest(
-            f"kvist.logits: {count} rows of {vocab} are over {_LOGITS_MAX} bytes; stream them, or ask for fewer tokens",
-            param="kvist.logits",
-        )
     settings = defaults | _given(body)
     return served.params(max_tokens=count, logprobs=logprobs, logits=body.wants_logits, **settings)

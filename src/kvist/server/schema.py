@@ -61,6 +61,11 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 }
 """Fields that we know and do not obey, with the values that ask for nothing; ``null`` always does."""
 
+_MESSAGE_NEUTRAL: Final = frozenset(
+    {"annotations", "audio", "function_call", "parsed", "reasoning", "reasoning_content", "refusal", "tool_calls"}
+)
+"""Fields of messages that we know and do not obey. Clients send back empty what an answer brought them empty."""
+
 _Count = Annotated[int, Meta(ge=1, le=128)]
 _Length = Annotated[int, Meta(ge=0, lt=2**31)]
 _Tops = Annotated[int, Meta(ge=0, le=20)]
@@ -145,7 +150,6 @@ class Message(Struct, forbid_unknown_fields=True):
     role: str
     content: str | list[TextPart] | None = None
     name: str | None = None
-    refusal: None = None
 
     @property
     def text(self) -> str:
@@ -221,6 +225,8 @@ def decode(data: bytes, body: type[_Body]) -> _Body:
         raise BadRequest(f"the body must be a JSON object, got {type(document).__name__}")
     if issubclass(body, GenerationBody):
         document = _without_neutral(document, body.__struct_fields__)
+    if body is ChatBody and isinstance(document.get("messages"), list):
+        document["messages"] = [_plain_message(place, entry) for place, entry in enumerate(document["messages"])]
     try:
         return msgspec.convert(document, body)
     except msgspec.ValidationError as error:
@@ -242,6 +248,16 @@ def _without_neutral(document: dict[str, Any], known: tuple[str, ...]) -> dict[s
                 param=name,
             )
     return kept
+
+
+def _plain_message(place: int, message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    for name in _MESSAGE_NEUTRAL & message.keys():
+        if message[name] not in (None, "", [], {}):
+            path = f"messages[{place}].{name}"
+            raise BadRequest(f"{path} is not supported: expected null, got {message[name]!r:.120}", param=path)
+    return {name: value for name, value in message.items() if name not in _MESSAGE_NEUTRAL}
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:

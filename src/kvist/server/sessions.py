@@ -195,11 +195,9 @@ class Sessions:
         if unknown:
             raise NotFound(f"snapshot {cid} has no sequence {unknown[0]!r}")
         with self._checkouts:
+            # Only a checkout makes such names, so what has the name is the snapshot's own, whatever its head is by now.
             present = {info.id for info in self.engine.sequences()}
             missing = [name for name in wanted if names[name] not in present]
-            foreign = [name for name in wanted if names[name] in present and self.head(names[name]) != cid]
-            if foreign:
-                raise Conflict(f"the engine has another sequence {names[foreign[0]]!r}", hint="delete it first")
             done = None
             if missing or not wanted:
                 whole = sequence_ids is None and missing == wanted
@@ -213,7 +211,11 @@ class Sessions:
                 )
                 self.set_head([names[name] for name in missing], cid)
             with self._memory:
-                self._engine_heads.setdefault(cid, tuple(names.values()))
+                heads = self._engine_heads
+                for gone in [head for head, ids in heads.items() if ids and present.isdisjoint(ids)]:
+                    del heads[gone]
+                if names:
+                    heads.setdefault(cid, tuple(names.values()))
         sessions = [Session(cid, names[seq.id], seq) for seq in manifest.sequences if seq.id in wanted]
         needed = {ix for session in sessions for ix in session.sequence.page_ixs}
         chosen = replace(

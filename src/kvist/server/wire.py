@@ -18,12 +18,13 @@ from kvist.server.errors import envelope, error_response
 
 _T = TypeVar("_T")
 _DONE: Final = b"data: [DONE]\n\n"
+CLIENT_GONE: Final = 499
+"""Status, by nginx's convention, of an answer that nobody is there to get."""
 
 
 def json_response(document: Any, headers: dict[str, str] | None = None) -> Response:
     """``document`` with status 200."""
-    # An engine's numerics may hold subclasses of str (torch's version is one), which msgspec does not take for str.
-    return Response(msgspec.json.encode(document, enc_hook=str), 200, headers, "application/json")
+    return Response(msgspec.json.encode(document), 200, headers, "application/json")
 
 
 class ClientGone(Exception):
