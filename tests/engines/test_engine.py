@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvist.engines.hf import Engine, Event, SamplingParams
-from kvist.errors import EngineError, InvalidInput, KvistError, PoolExhausted
+from kvist.engines.hf import Engine, Event, SamplingParams, StepOutput
+from kvist.errors import EngineError, InvalidInput, KvistError
 
 from .driving import params, prompt, run
 
@@ -28,8 +28,9 @@ def test_what_cannot_be_right_is_refused_at_submit(load: Load) -> None:
             engine.submit([5, wrong])
     with pytest.raises(InvalidInput, match="at most 100"):
         engine.submit(prompt(100))
-    with pytest.raises(PoolExhausted, match="64 tokens"):
+    with pytest.raises(InvalidInput, match="64 tokens") as caught:
         engine.submit(prompt(64))
+    assert "--pages" in str(caught.value.hint)
     assert engine.stats()["pages_held"] == 0
 
 
@@ -79,6 +80,22 @@ def test_a_failing_callback_ends_its_request_only(load: Load) -> None:
     assert len(other.result()) == 10
     assert "failing" not in {info.id for info in engine.sequences()}
     assert len(engine.submit(prompt(5), params(2)).result()) == 2
+
+
+def test_a_callback_that_fails_at_the_last_token_still_hears_an_end(load: Load) -> None:
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def fail_at_last(event: Event) -> None:
+        events.put(event)
+        if isinstance(event, StepOutput) and event.finish_reason:
+            raise RuntimeError("the client is gone")
+
+    engine = load()
+    engine.submit(prompt(5), params(1), on_step=fail_at_last, sequence_id="kept")
+    last, end = events.get(timeout=10), events.get(timeout=10)
+    assert isinstance(last, StepOutput)
+    assert isinstance(end, RuntimeError)
+    assert [(info.id, info.status) for info in engine.sequences()] == [("kept", "resident")]
 
 
 def test_a_failing_step_ends_its_request_only(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +208,7 @@ def test_numerics_say_what_decides_bits(load: Load) -> None:
 def test_random_workload(seed: int, load: Load) -> None:
     """Tables stay consistent, every request ends, and what finished is what it would have been alone."""
     rng = random.Random(seed)
-    engine = load(pages=12, max_running=4, max_residents=5)
+    engine = load(pages=12, max_running=4)
     prompts = [prompt(rng.randint(1, 70), seed=rng.randint(0, 3)) for _ in range(6)]
     alone: dict[tuple[int, ...], list[int]] = {}
     requests = []

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvist.engines.hf import Engine
@@ -125,6 +126,62 @@ def test_pickled_weights_are_refused(model_dir: Models, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UnsupportedModel, match="safetensors"):
         Engine.load(tmp_path)
+
+
+@pytest.fixture
+def spoilt(model_dir: Models, tmp_path: Path) -> Path:
+    """A copy of a model, to spoil."""
+    return Path(shutil.copytree(model_dir(), tmp_path / "spoilt"))
+
+
+def _change_config(directory: Path, **changes: object) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_missing_weights_are_refused_and_named(spoilt: Path) -> None:
+    weights = load_file(spoilt / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"lacks weights: model\.layers\.1\.mlp\.up_proj"):
+        Engine.load(spoilt)
+
+
+def test_tied_weights_may_be_missing(spoilt: Path) -> None:
+    weights = load_file(spoilt / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"lacks weights: lm_head\.weight"):
+        Engine.load(spoilt)
+    _change_config(spoilt, tie_word_embeddings=True)
+    assert Engine.load(spoilt, pages=2).model.canonical
+
+
+def test_weights_of_another_shape_are_refused(spoilt: Path) -> None:
+    _change_config(spoilt, intermediate_size=48)
+    with pytest.raises(UnsupportedModel, match=r"another shape.*mlp\.down_proj.* and 3 more"):
+        Engine.load(spoilt)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 200_000])
+def test_truncated_weights_are_refused(kept: int, spoilt: Path) -> None:
+    path = spoilt / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UnsupportedModel, match="cannot load"):
+        Engine.load(spoilt)
+
+
+@pytest.mark.parametrize("config", [{"hidden_size": "wide"}, {"model_type": "unheard-of"}, {"num_attention_heads": 0}])
+def test_configs_that_make_no_sense_are_refused(config: dict[str, object], spoilt: Path) -> None:
+    _change_config(spoilt, **config)
+    with pytest.raises(UnsupportedModel):
+        Engine.load(spoilt)
+
+
+@pytest.mark.parametrize("device", ["abacus", "", "cpu:7", "cuda:x", "cuda:99", "meta", "mps"])
+def test_devices_that_are_not_there_are_refused(device: str, model_dir: Models) -> None:
+    with pytest.raises(InvalidInput, match="device"):
+        Engine.load(model_dir(), device=device)
 
 
 def test_wrong_arguments_are_refused(model_dir: Models, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class TestHfPager(PagerTests):
         self.load = load
 
     def make_pager(self) -> CachePager:
-        engine = self.load()
+        self.engine = engine = self.load()
         run(engine, prompt(40), 3, sequence_id="one")
         run(engine, prompt(33) + prompt(9, seed=1), 2, sequence_id="two", **HOT)
         run(engine, prompt(16, seed=2), 1, sequence_id="gone")
@@ -35,7 +35,11 @@ class TestHfPager(PagerTests):
         return HfPager(engine)
 
     def make_empty(self) -> CachePager:
-        return HfPager(self.load())
+        self.engine = self.load()
+        return HfPager(self.engine)
+
+    def second_pager(self, pager: CachePager) -> CachePager:
+        return HfPager(self.engine)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 33])
@@ -111,8 +115,9 @@ def test_rows_past_the_fill_do_not_matter(load: Load) -> None:
 
 
 def test_pages_are_shared_by_block_and_pinned(load: Load) -> None:
-    engine = load(pages=8, max_residents=0)
-    run(engine, prompt(40), 1)
+    engine = load(pages=8)
+    run(engine, prompt(40), 1, sequence_id="gone")
+    engine.drop("gone")
     pager = HfPager(engine)
     cached = pager.occupied_pages()
     blocks = pager.page_blocks(cached)

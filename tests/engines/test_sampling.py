@@ -146,6 +146,8 @@ def test_a_resumed_sequence_can_change_its_parameters(load: Load) -> None:
     assert trace(greedy) == run(engine, known, 7)
     same = engine.submit([], params(7), resume="trunk", override={"temperature": 1.0}).result()
     assert [output.token_id for output in same] == whole.tokens[5:], "the draws go on"
+    seeded = engine.submit([], params(7), resume="trunk", override={"seed": 5}).result()
+    assert [output.token_id for output in seeded] == whole.tokens[5:], "the same seed is no new one"
     reseeded = engine.submit([], params(7), resume="trunk", override={"seed": 6}).result()
     assert trace(reseeded) == run(engine, known, 7, temperature=1.0, seed=6)
     with pytest.raises(InvalidInput, match="temperature"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 
 from kvist.engines.hf import Engine, HfPager
-from kvist.errors import Conflict, InvalidInput, NotFound, PoolExhausted
+from kvist.errors import Conflict, InvalidInput, NotFound
 
 from .driving import page_bytes, params, prompt, run, trace
 
@@ -41,8 +42,9 @@ def test_the_same_prompt_again_computes_one_token(length: int, load: Load) -> No
 
 
 def test_a_page_kept_only_by_hash_is_reused_to_its_last_token_but_one(load: Load) -> None:
-    engine, ids = load(max_residents=0), prompt(32)
-    expected = run(engine, ids, 4)
+    engine, ids = load(), prompt(32)
+    expected = run(engine, ids, 4, sequence_id="gone")
+    engine.drop("gone")
     assert engine.sequences() == []
     again = engine.submit(ids, params(4))
     assert trace(again.result()) == expected
@@ -160,16 +162,55 @@ def test_preempted_sequences_lose_nothing(load: Load) -> None:
     assert engine.stats()["preemptions"] > 0
 
 
-def test_a_sequence_that_cannot_fit_fails_alone(load: Load) -> None:
-    """The pool has room for it, but somebody holds pages and does not give way."""
+def test_a_sequence_waits_for_slots_that_a_pager_holds(load: Load) -> None:
+    """A restore in progress takes room for a while; a lone sequence yields its turns, and can be cancelled."""
     engine = load(pages=8)
     pager = HfPager(engine)
     slots = pager.allocate_pages(5)
+    stuck = engine.submit(prompt(60, seed=1), params(4))
+    time.sleep(0.1)
+    stuck.cancel()
+    assert stuck.result() == []
     request = engine.submit(prompt(60), params(4))
-    with pytest.raises(PoolExhausted):
-        request.result()
+    time.sleep(0.1)
+    steps = engine.stats()["steps"]
+    time.sleep(0.05)
+    assert engine.stats()["steps"] == steps
     pager.release_pages(slots)
-    assert len(engine.submit(prompt(60), params(4)).result()) == 4
+    assert trace(request.result()) == run(load(), prompt(60), 4)
+
+
+def test_finished_sequences_stay_while_there_is_room(load: Load) -> None:
+    engine = load(pages=256)
+    for n in range(100):
+        run(engine, prompt(5, seed=n), 1)
+    assert len(engine.sequences()) == 100
+
+
+def test_many_residents_do_not_slow_admission(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that share a prefix, some are looked at; those of another prefix never."""
+    engine = load(pages=128)
+    trunk = prompt(16)
+    for n in range(40):
+        run(engine, prompt(20, seed=n + 1), 1)
+    for n in range(20):
+        run(engine, trunk + prompt(3, seed=n + 1), 1)
+    monkeypatch.setattr("kvist.engines.hf.scheduler._CANDIDATES", 4)
+    assert len(engine.scheduler.residents.after(b"", 1000)) == 60
+    request = engine.submit(trunk + prompt(3, seed=20), params(1))
+    request.result()
+    assert request.cached_tokens == 18
+    old = engine.submit(trunk + prompt(3, seed=1), params(1))
+    old.result()
+    assert old.cached_tokens >= 16, "out of sight, but full pages are found by hash"
+
+
+def test_sequences_that_need_no_room_do_not_pile_up(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvist.engines.hf.scheduler._FINISHED", 3)
+    engine = load()
+    for n in range(6):
+        run(engine, prompt(16), 0, sequence_id=f"same-{n}")
+    assert [info.id for info in engine.sequences()] == ["same-3", "same-4", "same-5"]
 
 
 def test_clearing_the_prefix_cache(load: Load) -> None:
@@ -184,8 +225,9 @@ def test_clearing_the_prefix_cache(load: Load) -> None:
 
 def test_pages_are_evicted_from_the_end(load: Load) -> None:
     """A prefix shrinks; it never loses its head first, which would make the rest useless."""
-    engine, ids = load(pages=9, max_residents=0), prompt(100)
-    run(engine, ids, 1)
+    engine, ids = load(pages=9), prompt(100)
+    run(engine, ids, 1, sequence_id="gone")
+    engine.drop("gone")
     run(engine, prompt(60, seed=1), 1)
     request = engine.submit(ids, params(1))
     request.result()

@@ -1,8 +1,9 @@
 """The embedded engine: any transformers causal LM over a paged, shared KV pool, deterministic by construction.
 
-What runs beside a sequence never changes its bits, and a page's bytes are a function of its tokens alone: prefill,
-decode and prefill after eviction give the same. `kvist.engines.hf.model` says how (tiles of one shape). The promise
-holds on one machine with one build and thread count; `Engine.numerics` names them.
+For a model that is `canonical`, what runs beside a sequence never changes its bits, and a page's bytes are a function
+of its tokens alone: prefill, decode and prefill after eviction give the same. `kvist.engines.hf.model` says how (tiles
+of one shape), checks it when it loads, and names the exceptions (mixtures of experts whose rows mix). The promise holds
+on one machine with one build and thread count; `Engine.numerics` names them, and says whether the model is canonical.
 
 What it costs, in CPU time on one core against transformers' own `generate` (Llama shape, 4 layers of 256, f32, a
 prompt of 300 tokens; torch 2.13, transformers 5.23):
@@ -21,10 +22,10 @@ never batched: throughput does not grow with load. Large pages suit long prompts
 
 from __future__ import annotations
 
-from kvist.engines.hf.engine import Engine, SequenceInfo
+from kvist.engines.hf.engine import Engine
 from kvist.engines.hf.pager import HfPager
 from kvist.engines.hf.sampling import SamplingParams
-from kvist.engines.hf.sequence import Event, FinishReason, Request, StepOutput
+from kvist.engines.hf.sequence import Event, FinishReason, Request, SequenceInfo, StepOutput
 
 __all__ = [
     "Engine",

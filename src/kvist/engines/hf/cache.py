@@ -2,8 +2,9 @@
 
 Knows the pool's tensor and the table of the tile in hand. Must not know sequences, scheduling or sampling.
 
-Written against transformers 5.23: a model asks ``get_query_offset`` and ``get_mask_sizes`` to build its masks (full,
-sliding and chunked alike), then each attention layer calls ``update`` once.
+Written against transformers 5.23, the only version it was run with: a model asks ``get_query_offset`` and
+``get_mask_sizes`` to build its masks (full, sliding and chunked alike), then each attention layer calls ``update``
+once.
 """
 
 from __future__ import annotations

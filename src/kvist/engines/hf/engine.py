@@ -2,8 +2,9 @@
 
 Knows threads, requests and limits. Must not know how tiles, tables or turns work: `kvist.engines.hf.scheduler` does.
 
-Two rules keep it safe. Only the engine's thread steps; and everybody else who touches tables does so in `exclusive`,
-which waits for the step in flight and holds off the next. `submit` needs neither: it leaves the sequence in an inbox.
+Two rules keep it safe. Only the engine's thread steps; and everybody else who touches tables pauses it first, which
+waits for the step in flight, holds off the next, and keeps out every other thread. `submit` needs neither: it leaves
+the sequence in an inbox.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Ids
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Self
 
 import torch
 
@@ -24,31 +25,12 @@ from kvist.engines.hf.model import Model
 from kvist.engines.hf.pool import PagePool
 from kvist.engines.hf.sampling import SamplingParams
 from kvist.engines.hf.scheduler import Scheduler
-from kvist.engines.hf.sequence import Event, Request, Sequence, continuation
-from kvist.errors import Conflict, EngineError, InvalidInput, NotFound, PoolExhausted
+from kvist.engines.hf.sequence import Event, Request, Sequence, SequenceInfo, continuation
+from kvist.errors import Conflict, EngineError, InvalidInput, NotFound
 from kvist.ids import check_name
 from kvist.layout import Layout
 
-
-@dataclass(frozen=True, slots=True)
-class SequenceInfo:
-    """A sequence as `Engine.sequences` lists it.
-
-    Attributes:
-        id: its name.
-        status: ``resident`` (finished or restored), ``running``, or ``waiting`` (for pages).
-        tokens: ids it has.
-        computed: of these, how many have keys and values in the pool.
-        prompt_tokens: ids before the first generated one.
-        pages: slots in its table; some may be shared.
-    """
-
-    id: str
-    status: Literal["resident", "running", "waiting"]
-    tokens: int
-    computed: int
-    prompt_tokens: int
-    pages: int
+_STALL_S: Final = 0.01
 
 
 class Engine:
@@ -68,7 +50,6 @@ class Engine:
         pages: int = 1024,
         max_model_len: int | None = None,
         max_running: int = 64,
-        max_residents: int = 64,
     ) -> None:
         for name, value in (
             ("pages", pages),
@@ -79,16 +60,16 @@ class Engine:
                 raise InvalidInput(f"{name} must be at least 1, got {value}")
         self.model = model
         self.pool = PagePool(model.layout, pages, model.device)
-        self.scheduler = Scheduler(model, self.pool, max_running=max_running, max_residents=max_residents)
+        self.scheduler = Scheduler(model, self.pool, max_running=max_running)
         longest = min((n for n in (model.max_positions, max_model_len) if n is not None), default=2**31)
         self._longest = longest
         self.max_model_len = min(longest, pages * model.layout.page_size_tokens)
         self._wake = threading.Condition()
-        self._tables = threading.RLock()
         self._thread: threading.Thread | None = None
         self._inbox: list[Sequence] = []
         self._arrivals = count()
         self._pauses = 0
+        self._pauser: int | None = None  # the thread that the pauses belong to
         self._stepping = False
         self._owed = False  # the engine has a turn coming before the next pause
         self._closed = False
@@ -106,7 +87,6 @@ class Engine:
         name: str | None = None,
         max_model_len: int | None = None,
         max_running: int = 64,
-        max_residents: int = 64,
     ) -> Self:
         """Load a model and make its pool; nothing runs until `start`.
 
@@ -120,7 +100,6 @@ class Engine:
             name: the layout's model name; default the directory's. Snapshots are refused under another name.
             max_model_len: tokens a sequence may have; default what the model and the pool allow.
             max_running: sequences that take turns; more wait.
-            max_residents: finished sequences to keep for continuation.
 
         Raises:
             NotFound: there is no model there.
@@ -134,9 +113,7 @@ class Engine:
                 raise InvalidInput(f"threads must be at least 1, got {threads}")
             torch.set_num_threads(threads)
         model = Model.load(model_dir, device=device, dtype=dtype, page_size_tokens=page_size_tokens, name=name)
-        return cls(
-            model, pages=pages, max_model_len=max_model_len, max_running=max_running, max_residents=max_residents
-        )
+        return cls(model, pages=pages, max_model_len=max_model_len, max_running=max_running)
 
     @property
     def layout(self) -> Layout:
@@ -162,6 +139,8 @@ class Engine:
     def close(self) -> None:
         """Stop after the step in flight. Requests that are not done raise `EngineError`. May be called twice.
 
+        Waits for a thread that has paused the engine to resume it.
+
         Raises:
             EngineError: called from the engine's own thread (an ``on_step``), which would wait for itself.
         """
@@ -172,9 +151,8 @@ class Engine:
             self._wake.notify_all()
         if self._thread is not None:
             self._thread.join()
-        with self._tables:
-            self._empty_inbox()
-            self.scheduler.fail_all(EngineError("the engine was closed"))
+        with self.exclusive() as scheduler:
+            scheduler.fail_all(EngineError("the engine was closed"))
 
     def __enter__(self) -> Self:
         return self.start()
@@ -194,14 +172,18 @@ class Engine:
                     return
                 self._empty_inbox()
                 self._stepping = True
+            stalled = False
             try:
-                self.scheduler.step()
+                stalled = not self.scheduler.step()
             except Exception as error:  # our own bug, outside any one request: fail them, stay alive
                 self.scheduler.fail_all(EngineError(f"the scheduler failed: {error!r}"))
             finally:
                 with self._wake:
                     self._stepping = False
                     self._wake.notify_all()
+                    if stalled and not self._closed:
+                        # Letting go of slots notifies; cancelling a request does not.
+                        self._wake.wait(_STALL_S)
 
     def _settle_turn(self) -> None:
         self._owed = False
@@ -215,40 +197,52 @@ class Engine:
     # -- stopping between steps ----------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Return when no step is in flight; none begins until `resume`. Nests. Streams just stall.
+        """Return when no step is in flight; none begins until `resume`, and streams just stall.
 
-        Fair both ways: a pause waits for one step at most, and between two pauses the engine gets one.
+        A pause belongs to its thread: it nests there, only that thread can resume it, and whatever else touches
+        tables (`exclusive`, `submit` with ``resume``, other pauses) waits for it. So a thread that pauses finds the
+        tables as its last call left them.
+
+        Between the end of one pause and the start of the next, whichever threads they are of, the engine computes a
+        tile if it has one to compute.
 
         Raises:
             EngineError: called from the engine's own thread (an ``on_step``), which would wait for itself.
         """
         if threading.current_thread() is self._thread:
             raise EngineError("the engine cannot be paused from its own thread (an on_step callback)")
+        me = threading.get_ident()
         with self._wake:
-            while self._owed and not self._pauses:
+            while self._pauser != me and (self._pauser is not None or self._owed):
                 self._wake.wait()
+            self._pauser = me
             self._pauses += 1
             while self._stepping:
                 self._wake.wait()
 
     def resume(self) -> None:
-        """Undo one `pause`."""
+        """Undo one `pause` of this thread.
+
+        Raises:
+            EngineError: this thread has not paused the engine.
+        """
         with self._wake:
-            if not self._pauses:
-                raise EngineError("the engine is not paused")
+            if self._pauser != threading.get_ident():
+                raise EngineError("the engine is not paused by this thread")
             self._pauses -= 1
-            self._owed = not self._pauses and self._thread is not None and not self._closed
-            self._wake.notify_all()
+            if not self._pauses:
+                self._pauser = None
+                self._owed = self._thread is not None and not self._closed
+                self._wake.notify_all()
 
     @contextmanager
     def exclusive(self) -> Iterator[Scheduler]:
         """The scheduler and the pool, with no step in flight and no other thread in here."""
         self.pause()
         try:
-            with self._tables:
-                with self._wake:
-                    self._empty_inbox()
-                yield self.scheduler
+            with self._wake:
+                self._empty_inbox()
+            yield self.scheduler
         finally:
             self.resume()
 
@@ -275,15 +269,14 @@ class Engine:
             resume: name of a sequence to go on from, exactly as if it had not stopped. It stays as it is, and can be
                 continued many times: this makes forks.
             override: with ``resume``: other sampling parameters to change, by name. The draws go on, unless the seed
-                is new.
+                is another one.
             on_step: called on the engine's thread with each `StepOutput`, and at the end with ``None`` or the
                 exception; instead of iterating the request. Must be quick. If it raises, the request ends.
 
         Raises:
-            InvalidInput: no prompt, an id out of the vocabulary, too long, or a bad name.
+            InvalidInput: no prompt, an id out of the vocabulary, too long for the model or the pool, or a bad name.
             NotFound: there is no sequence to resume.
             Conflict: a sequence of that name is live.
-            PoolExhausted: the prompt needs more pages than the pool has.
             EngineError: the engine is closed.
         """
         params = params or SamplingParams()
@@ -328,9 +321,9 @@ class Engine:
         if needed > self._longest:
             raise InvalidInput(f"a sequence has at most {self._longest} tokens here, and the prompt has {tokens}")
         if needed > self.max_model_len:
-            raise PoolExhausted(
+            raise InvalidInput(
                 f"the pool holds {self.max_model_len} tokens, and the prompt has {tokens}",
-                hint="give the engine more pages",
+                hint="give the engine more pages (--pages)",
             )
 
     # -- sequences -----------------------------------------------------------------------------------------------
@@ -386,5 +379,6 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` unless references, free list, index and tables agree; for tests."""
-        with self.exclusive() as scheduler:
+        with self.exclusive() as scheduler, self._wake:
+            self._empty_inbox()  # `submit` may have left another one meanwhile; now it cannot
             scheduler.check()

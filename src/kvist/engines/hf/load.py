@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from kvist.errors import InvalidInput, NotFound, UnsupportedModel
+from kvist.errors import InvalidInput, KvistError, NotFound, UnsupportedModel
 from kvist.ids import format_digest
 
 _DTYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -65,33 +65,67 @@ def open_model(directory: Path, device: str, dtype: str | None) -> Any:
     Raises:
         NotFound: there is no ``config.json``.
         InvalidInput: there is no such device or dtype.
-        UnsupportedModel: transformers has no causal LM for it without running its own code, there are no
-            safetensors, or its positions or cache cannot be paged.
+        UnsupportedModel: transformers has no causal LM for it without running its own code, its safetensors are not
+            there, damaged or not all that the model needs, or its positions or cache cannot be paged.
     """
     if not (directory / "config.json").is_file():
         raise NotFound(f"expected a model directory with a config.json, found none in {str(directory)!r}")
-    if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
-        raise InvalidInput(f"device must be cpu, or cuda where torch finds one, got {device!r:.80}")
+    target = _parse_device(device)
     logging.disable_progress_bar()
     wanted = parse_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModel(f"{config.model_type}: encoder-decoder models have a second, fixed cache")
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=wanted,
             experts_implementation="batched_mm",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            # Told apart below, where they can be named.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except KvistError:
+        raise
+    except Exception as error:  # files that came from anywhere fail in any way: half a file, another type, no such key
         raise UnsupportedModel(f"transformers cannot load {str(directory)!r}: {error}") from error
+    _refuse_incomplete(directory, loaded)
     _refuse_signature(model)
     # A tile's dead rows are id 0, which some models take for unmasked padding and warn about.
     model.config.pad_token_id = None
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(target).eval().requires_grad_(False)
+
+
+def _parse_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= there:
+        raise InvalidInput(f"device must be cpu, or cuda where torch finds one, got {name!r:.80}")
+    return device
+
+
+def _refuse_incomplete(directory: Path, loaded: Mapping[str, Any]) -> None:
+    """Transformers fills what the files lack with random numbers, and only warns. Tied weights do not count as lacking.
+
+    Args:
+        directory: for the message.
+        loaded: what ``output_loading_info`` told.
+    """
+    for what, problem in (
+        ("missing_keys", "lacks weights"),
+        ("mismatched_keys", "has weights of another shape than its config says"),
+        ("error_msgs", "has weights that cannot be read"),
+    ):
+        found = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loaded.get(what) or ())
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise UnsupportedModel(f"{str(directory)!r} {problem}: {', '.join(found[:3])}{more}")
 
 
 def _refuse_signature(model: Any) -> None:

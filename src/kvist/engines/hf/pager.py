@@ -72,7 +72,7 @@ class HfPager(CachePager):
         return self._engine.numerics()
 
     def pause(self) -> None:
-        """Stop the engine between two steps."""
+        """Stop the engine between two steps, and keep other threads off it; for this thread to `resume`."""
         self._engine.pause()
 
     def resume(self) -> None:

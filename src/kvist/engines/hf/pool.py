@@ -124,6 +124,10 @@ class PagePool:
         self.release([slot])
         return copy
 
+    def pinned_only(self) -> bool:
+        """Are there slots that nobody but pagers holds?"""
+        return any(count and self.refs[slot] == count for slot, count in self.pinned.items())
+
     def trim(self, slot: int, rows: int) -> None:
         """Zero all but the first ``rows`` rows."""
         if self.filled[slot] > rows:

@@ -6,24 +6,34 @@ thread at a time is in here.
 Sequences run round-robin, one tile each, never batched together. A new one starts from the longest prefix that the
 pool holds: full pages by block hash, then the partly filled page of whichever sequence goes furthest, shared and
 copied when written. When slots run out, cached pages go first (least recently used), then finished sequences, then
-the running sequence that came last gives up its pages and starts again later: same tokens, same bits.
+the running sequence that came last gives up its pages and starts again later: the same tokens and, where the model is
+`canonical`, the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
 from bisect import insort
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import chain
+from typing import Final
 
 from kvist.engines.hf.cache import PagedCache
 from kvist.engines.hf.model import Model
 from kvist.engines.hf.pool import PagePool
+from kvist.engines.hf.residents import Residents
 from kvist.engines.hf.sampling import Row, choose, log_probabilities, most_likely
 from kvist.engines.hf.sequence import FinishReason, Sequence, StepOutput
 from kvist.errors import KvistError, PoolExhausted
 from kvist.hashing import extend_block_hashes
+
+_CANDIDATES: Final = 64
+"""Residents looked at for one tail: thousands may share a prefix, and admitting a sequence must stay cheap."""
+
+_FINISHED: Final = 10_000
+"""Residents, from which on a sequence that finishes displaces the oldest. Room decides long before, but for sequences
+that share every page with others and so need none."""
 
 
 class Scheduler:
@@ -31,8 +41,7 @@ class Scheduler:
 
     Attributes:
         pool: the slots.
-        residents: finished and restored sequences by id, least recently used first. They hold their pages until
-            somebody needs the room.
+        residents: finished and restored sequences. They hold their pages until somebody needs the room.
         running: sequences in turn.
         waiting: sequences without pages, in order of arrival.
         live_names: of the running, the waiting, and those that the engine has not handed over yet.
@@ -40,9 +49,9 @@ class Scheduler:
         preemptions: times a running sequence gave up its pages.
     """
 
-    def __init__(self, model: Model, pool: PagePool, *, max_running: int, max_residents: int) -> None:
+    def __init__(self, model: Model, pool: PagePool, *, max_running: int) -> None:
         self.pool = pool
-        self.residents: OrderedDict[str, Sequence] = OrderedDict()
+        self.residents = Residents(pool.page_size)
         self.running: deque[Sequence] = deque()
         self.waiting: list[Sequence] = []
         self.live_names: set[str] = set()
@@ -52,11 +61,10 @@ class Scheduler:
         self._cache = PagedCache(pool.data)
         self._size = pool.page_size
         self._max_running = max_running
-        self._max_residents = max_residents
 
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence that could be continued: resident, running, and waiting to run again."""
-        yield from self.residents.values()
+        yield from self.residents
         yield from self.running
         yield from (seq for seq in self.waiting if seq.admitted)
 
@@ -74,18 +82,15 @@ class Scheduler:
         insort(self.waiting, seq, key=lambda other: other.arrival)
 
     def keep(self, seq: Sequence) -> None:
-        """Make a sequence resident; it holds its slots already. One too many, and the least recently used goes."""
-        self.residents[seq.id] = seq
-        while len(self.residents) > self._max_residents:
-            self._evict_resident()
+        """Make a sequence resident; it holds its slots already."""
+        self.residents.add(seq)
 
     def drop(self, seq: Sequence, reason: FinishReason | None = None, error: Exception | None = None) -> None:
         """End a sequence, live or resident, and release its slots; its full pages stay as prefix cache.
 
         What its request gets is ``error`` if there is one, else the end with ``reason``.
         """
-        if self.residents.get(seq.id) is seq:
-            del self.residents[seq.id]
+        self.residents.remove(seq)
         for queue in (self.running, self.waiting):
             if seq in queue:
                 queue.remove(seq)
@@ -98,20 +103,27 @@ class Scheduler:
             with contextlib.suppress(Exception):
                 request.deliver(error)
 
-    def step(self) -> None:
-        """Compute one tile of the sequence whose turn it is. What goes wrong in it ends that sequence only."""
+    def step(self) -> bool:
+        """Compute one tile of the sequence whose turn it is. What goes wrong in it ends that sequence only.
+
+        Returns:
+            ``False`` if nothing can be done before a pager lets go of slots (or a request is cancelled).
+        """
         for seq in [seq for seq in self.live() if seq.request is not None and seq.request.cancelled]:
             self.drop(seq, reason="cancelled")
         self._admit()
         if not self.running:
-            return
+            return True
         seq = self.running[0]
         self.running.rotate(-1)
         try:
             if self._room_for_tile(seq):
                 self._compute(seq)
+            elif seq in self.running:
+                return False
         except Exception as error:
             self.drop(seq, error=error)
+        return True
 
     # -- one tile ------------------------------------------------------------------------------------------------
 
@@ -173,15 +185,24 @@ class Scheduler:
         assert request is not None
         self.running.remove(seq)
         self.live_names.discard(seq.id)
+        while len(self.residents) >= _FINISHED:
+            self._evict_resident()
         self.keep(seq)
         request.finish_reason = reason
-        for event in (*last, None):
-            request.deliver(event)
+        try:
+            for event in (*last, None):
+                request.deliver(event)
+        except Exception as error:
+            # The sequence is over and stays; a listener that failed at its last token is still owed an end.
+            with contextlib.suppress(Exception):
+                request.deliver(error)
 
     # -- room ----------------------------------------------------------------------------------------------------
 
     def _room_for_tile(self, seq: Sequence) -> bool:
-        """See to it that the table ends in a page only ``seq`` sees; ``False`` if it gave way to others instead.
+        """See to it that the table ends in a page only ``seq`` sees; ``False`` if it has to wait.
+
+        It waits having given way to others, or in place for slots that only pagers hold: a restore in progress.
 
         Raises:
             PoolExhausted: nobody is left to give way.
@@ -199,6 +220,8 @@ class Scheduler:
                     continue
                 last = max((other for other in self.running if other.table or other is seq), key=lambda o: o.arrival)
                 if last is seq and not any(other.table for other in self.running if other is not seq):
+                    if self.pool.pinned_only():
+                        return False
                     raise PoolExhausted(f"sequence {seq.id} is alone and {error}") from error
                 self.running.remove(last)
                 self._release(last)
@@ -215,7 +238,7 @@ class Scheduler:
             shared_tail = bool(seq.computed % self._size)
             need = len(seq.token_ids) // self._size + 1 - len(seq.table) + shared_tail
             short = need - self.pool.available
-            if self.running and short > 0 and short > self._reclaimable():
+            if self.running and short > 0 and short > self._reclaimable(short):
                 self._release(seq)
                 return
             while need > self.pool.available and self._evict_resident():
@@ -241,7 +264,7 @@ class Scheduler:
             # The parent's own pages, even where the prefix cache has others for the same blocks.
             seq.computed = min(parent.computed, known, most)
             seq.table = [self.pool.hold(slot) for slot in parent.table[: -(-seq.computed // size)]]
-            self._touch(parent)
+            self.residents.touch(parent)
             return
         while len(seq.table) < most // size:
             slot = self.pool.find(seq.hashes[len(seq.table)])
@@ -263,8 +286,11 @@ class Scheduler:
             best = self.pool.find(seq.hashes[page])
             rows = limit if best is not None else 0
         wanted = seq.token_ids[page * size : page * size + limit]
-        for other in self.sequences():
-            if rows == limit or other.computed <= page * size + rows or not other.token_ids:
+        prefix = seq.hashes[page - 1] if page else b""
+        for other in chain(self.running, self.residents.after(prefix, _CANDIDATES)):
+            if rows == limit:
+                break
+            if other.computed <= page * size + rows:
                 continue
             extend_block_hashes(other.hashes, other.token_ids, size)
             if other.hashes[page - 1 : page] != seq.hashes[page - 1 : page]:
@@ -275,18 +301,14 @@ class Scheduler:
             if same > rows:
                 best, rows, owner = other.table[page], same, other
         if owner is not None:
-            self._touch(owner)
+            self.residents.touch(owner)
         return best, rows
 
-    def _touch(self, seq: Sequence) -> None:
-        if seq.id in self.residents:
-            self.residents.move_to_end(seq.id)
-
     def _evict_resident(self) -> bool:
-        if not self.residents:
-            return False
-        self.drop(next(iter(self.residents.values())))
-        return True
+        oldest = next(iter(self.residents), None)
+        if oldest is not None:
+            self.drop(oldest)
+        return oldest is not None
 
     def make_room(self, count: int) -> None:
         """Evict finished sequences until ``count`` slots can be taken.
@@ -294,18 +316,25 @@ class Scheduler:
         Raises:
             PoolExhausted: that would not be enough; nobody was evicted.
         """
-        if count > self.pool.available + self._reclaimable():
+        short = count - self.pool.available
+        if short > 0 and short > self._reclaimable(short):
             raise PoolExhausted(
                 f"needed {count} slots of {len(self.pool)}; {self.pool.available} are free or evictable and "
-                f"{self._reclaimable()} are held by finished sequences"
+                f"{self._reclaimable(len(self.pool))} are held by finished sequences"
             )
         while count > self.pool.available and self._evict_resident():
             pass
 
-    def _reclaimable(self) -> int:
-        """Slots that would come free if no sequence were resident."""
-        held = Counter(slot for seq in self.residents.values() for slot in seq.table)
-        return sum(self.pool.refs[slot] == count for slot, count in held.items())
+    def _reclaimable(self, enough: int) -> int:
+        """Slots that would come free if no sequence were resident; counts no further than ``enough``."""
+        held: Counter[int] = Counter()
+        free = 0
+        for slot in chain.from_iterable(seq.table for seq in self.residents):
+            held[slot] += 1
+            free += held[slot] == self.pool.refs[slot]
+            if free >= enough:
+                break
+        return free
 
     def _release(self, seq: Sequence) -> None:
         # Last page first: of a prefix, the later pages are evicted before the earlier ones that they need.
@@ -319,7 +348,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise `AssertionError` unless tables, references, states and names agree; for tests."""
-        everyone = [*self.residents.values(), *self.running, *self.waiting]
+        everyone = [*self.residents, *self.running, *self.waiting]
         names = [seq.id for seq in self.sequences()]
         assert len(names) == len(set(names)), "two sequences of one name"
         self.pool.check([seq.table for seq in everyone])
@@ -328,7 +357,7 @@ class Scheduler:
             assert not seq.token_ids or seq.computed <= len(seq.token_ids), f"{seq.id}: more computed than known"
             rows = seq.computed % self._size
             assert not rows or self.pool.filled[seq.table[-1]] >= rows, f"{seq.id}: the last page lacks rows"
-        assert all(seq.request is None for seq in self.residents.values()), "somebody waits for a resident"
+        assert all(seq.request is None for seq in self.residents), "somebody waits for a resident"
         assert all(seq.request is not None for seq in self.live()), "nobody waits for a live sequence"
         assert self.live_names == {seq.id for seq in self.live()}, "the names in use are not those of the live"
         assert all(not seq.table for seq in self.waiting), "a waiting sequence holds slots"

@@ -99,6 +99,27 @@ class Request:
         return list(self)
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceInfo:
+    """A sequence as `Engine.sequences` lists it.
+
+    Attributes:
+        id: its name.
+        status: ``resident`` (finished or restored), ``running``, or ``waiting`` (for pages).
+        tokens: ids it has.
+        computed: of these, how many have keys and values in the pool.
+        prompt_tokens: ids before the first generated one.
+        pages: slots in its table; some may be shared.
+    """
+
+    id: str
+    status: Literal["resident", "running", "waiting"]
+    tokens: int
+    computed: int
+    prompt_tokens: int
+    pages: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A growing list of ids, and the slots that hold its keys and values.
@@ -172,7 +193,7 @@ def continuation(source: Sequence, params: SamplingParams, override: Mapping[str
     Args:
         source: stays as it is.
         params: its ``max_tokens``, ``logprobs`` and ``logits`` count; the rest comes from the source's state.
-        override: other parameters to change, by name; a new seed begins with its first draw.
+        override: other parameters to change, by name; a seed that differs begins with its first draw.
 
     Raises:
         InvalidInput: the source has no token ids, or its state cannot be read.
@@ -184,11 +205,12 @@ def continuation(source: Sequence, params: SamplingParams, override: Mapping[str
     prompt_tokens = state.get("prompt_tokens", len(source.token_ids))
     if not isinstance(sampling, dict) or type(draws) is not int or type(prompt_tokens) is not int or draws < 0:
         raise InvalidInput(f"sequence {source.id!r} has a state that cannot be read: {state!r:.200}")
+    carried = params.with_state(sampling)
     return Sequence(
         id="",
         token_ids=list(source.token_ids),
-        params=replace(params.with_state(sampling), **override),
+        params=replace(carried, **override),
         prompt_tokens=prompt_tokens,
-        draws=0 if "seed" in override else draws,
+        draws=draws if override.get("seed", carried.seed) == carried.seed else 0,
         parent=source.id,
     )
