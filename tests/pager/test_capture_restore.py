@@ -172,6 +172,24 @@ def test_a_damaged_known_page_is_copied_again_and_so_healed() -> None:
     assert contents(fresh) == contents(pager)
 
 
+def test_a_known_page_that_another_process_found_damaged_is_copied_again_at_once() -> None:
+    store = MemoryStore()
+    repo, other = repository(store), Repository.open(store)
+    pager = BlockPager()
+    pager.grow("s", 4)
+    first = capture(pager, repo, branch="s")
+    (segment,) = store.list("segments/")
+    data = bytearray(store.get(segment.key))
+    data[0] ^= 1
+    store.put(segment.key, data)
+    with pytest.raises(DamagedPage):
+        restore(BlockPager(), other, "s")
+    assert capture(pager, repo, parents=[first.snapshot.cid], branch="s").pages_copied == 1
+    fresh = BlockPager()
+    restore(fresh, repo, first.snapshot.cid)
+    assert contents(fresh) == contents(pager)
+
+
 def test_restored_pages_lie_in_allocated_slots_and_shared_ones_are_not_loaded() -> None:
     repo = repository()
     pager = BlockPager()

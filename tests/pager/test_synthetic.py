@@ -6,7 +6,7 @@ import pytest
 
 from kvist.errors import InvalidInput, PoolExhausted
 from kvist.layout import Layout
-from kvist.pager import CachePager, PageBytes, SyntheticCachePager
+from kvist.pager import CachePager, LogicalSeq, PageBytes, SyntheticCachePager
 from kvist.testing.pager import PagerTests
 
 SMALL = Layout(page_size_tokens=4, n_layers=2, n_heads=2, head_dim=4, dtype="bf16")
@@ -21,6 +21,22 @@ class TestSynthetic(PagerTests):
 
     def make_empty(self) -> CachePager:
         return SyntheticCachePager(SMALL, slots=64)
+
+    def second_pager(self, pager: CachePager) -> CachePager:
+        assert isinstance(pager, SyntheticCachePager)
+        return pager.clone()
+
+
+def test_an_install_leaves_another_pagers_allocated_slots_alone() -> None:
+    pager = SyntheticCachePager(SMALL)
+    other = pager.clone()
+    (ix,) = other.allocate_pages(1)
+    page = PageBytes(bytes(SMALL.page_bytes), bytes(SMALL.page_bytes))
+    other.write_page(ix, page)
+    pager.populate(2, seed=1)
+    pager.release_pages([ix])
+    other.install_logical_seqs([LogicalSeq("late", (ix,))])
+    assert other.read_page(ix) == page
 
 
 def test_populate_then_read_is_deterministic() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvist.errors import DamagedPage, IntegrityError, Locked
+from kvist.errors import Conflict, DamagedPage, IntegrityError, Locked
 from kvist.repo import RefKind, Repository, fsck, gc, lock
 from kvist.store import LocalStore, Store
 from kvist.testing.faults import CrashingStore, SimulatedCrash
@@ -192,6 +192,49 @@ def test_leftovers_of_dead_writers_go(tmp_path: Path) -> None:
         assert left.exists(), "young"
         collect(repo)
         assert not left.exists()
+
+
+# -- a writer that dies between publishing and looking ---------------------------------------------------------------
+
+
+def test_a_ref_that_came_after_the_survey_is_seen_before_the_first_delete(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = snapshot(repo, halves(2), None)
+    gone = snapshot(repo, halves(2, 1), None)
+    survey, surveys = gc._survey, 0
+
+    def publish_after(*args: object) -> object:
+        nonlocal surveys
+        surveys += 1
+        found = survey(*args)  # type: ignore[arg-type]
+        if surveys == 2:  # the first is the plan's
+            repo.refs.create(RefKind.BRANCH, "main", made.cid)  # and is killed before it looks
+        return found
+
+    monkeypatch.setattr(gc, "_survey", publish_after)
+    assert collect(repo).snapshots == (gone.cid,)
+    assert surveys == 3
+    assert read_back(repo, "main") == halves(2) and fsck.check(repo).is_clean
+
+
+def test_a_gc_gives_up_when_refs_never_hold_still(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    named, gone = snapshot(repo, halves(1)), snapshot(repo, halves(1, 1), None)
+    plan = gc.plan(repo, min_age=0)
+    survey, surveys = gc._survey, 0
+
+    def and_another(*args: object) -> object:
+        nonlocal surveys
+        surveys += 1
+        repo.refs.create(RefKind.TAG, f"v{surveys}", named.cid)
+        return survey(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gc, "_survey", and_another)
+    with pytest.raises(Conflict, match="refs changed"):
+        gc.apply(repo, plan)
+    assert surveys == 10 and lock.holder(repo.store) is None and gone.cid in cids(repo)
+    monkeypatch.undo()
+    assert collect(repo).snapshots == (gone.cid,)
 
 
 # -- the lock ------------------------------------------------------------------------------------------------------

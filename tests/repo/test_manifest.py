@@ -269,6 +269,25 @@ def test_refuses_state_that_would_read_back_different(state: dict[Any, Any]) -> 
         Manifest(LAYOUT, numerics=state)
 
 
+class _Int64(int):
+    """As numpy's: equal to an int, and none."""
+
+
+@pytest.mark.parametrize("ix", [True, 0.0, "0", None, -1, 2**32, _Int64(0)])
+def test_refuses_a_page_ix_that_is_no_plain_int(ix: Any) -> None:
+    data = halves(2)
+    with pytest.raises(InvalidManifest, match="page ix must be an integer"):
+        manifest(data, seqs=[LogicalSeq("s", (0, ix))])
+
+
+@pytest.mark.parametrize("state", [None, [], "", 0, False, [("a", 1)]])
+def test_refuses_state_that_is_no_mapping(state: Any) -> None:
+    with pytest.raises(InvalidManifest, match="state must be a mapping"):
+        manifest(halves(1), seqs=[LogicalSeq("s", (0,), 0, (), state)])
+    with pytest.raises(InvalidManifest, match="numerics must be a mapping"):
+        Manifest(LAYOUT, numerics=state)
+
+
 def test_refuses_state_nested_too_deep() -> None:
     state: dict[str, Any] = {}
     for _ in range(100_000):

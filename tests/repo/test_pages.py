@@ -1,15 +1,15 @@
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from kvist.errors import AlreadyExists, DamagedPage, InvalidInput, MissingPage, StoreError, StoreFull
+from kvist.errors import AlreadyExists, DamagedPage, IntegrityError, InvalidInput, MissingPage, StoreError, StoreFull
 from kvist.hashing import Buffer
-from kvist.repo import Repository, batch, gc, segment
+from kvist.repo import Repository, batch, fsck, gc, segment
 from kvist.repo.pages import PageStore
-from kvist.store import LocalStore, MemoryStore, MeteredStore, ObjectWriter, ReadOnlyStore, Store, WrapperStore
+from kvist.store import LocalStore, MemoryStore, MeteredStore, ObjectWriter, Range, ReadOnlyStore, Store, WrapperStore
 
 from .making import LAYOUT, digest, halves, manifest, read_back, snapshot
 from .processes import TESTS
@@ -255,6 +255,64 @@ def test_a_truncated_segment_is_damage(pages: PageStore, store: Store) -> None:
     again.close()
 
 
+class UnreadableStore(WrapperStore):
+    """Cannot read the bytes at ``bad``, as a `LocalStore` on a disk with a bad block."""
+
+    bad: tuple[str, range] | None = None
+
+    def _check(self, key: str, start: int, size: int) -> None:
+        if self.bad is None or key != self.bad[0]:
+            return
+        if start < self.bad[1].stop and self.bad[1].start < start + size:
+            raise IntegrityError(f"cannot read {key}: Input/output error")
+
+    def get(self, key: str, *, start: int = 0, size: int | None = None) -> bytes:
+        data = super().get(key, start=start, size=size)
+        self._check(key, start, len(data))
+        return data
+
+    def get_ranges(self, key: str, ranges: Sequence[Range]) -> None:
+        for each in ranges:
+            self._check(key, each.start, len(each.out))
+        super().get_ranges(key, ranges)
+
+
+def test_a_page_that_the_disk_cannot_read_is_damaged_and_its_neighbours_are_not(store: Store) -> None:
+    disk = UnreadableStore(store)
+    pages = opened(disk)
+    data = halves(4)
+    put = pages.put(data)
+    (key,) = pages.homes(put.digests[0])
+    size = LAYOUT.page_bytes
+    disk.bad = key, range(3 * size + 5, 3 * size + 6)
+    outs = [bytearray(size) for _ in data]
+    with pytest.raises(DamagedPage, match=put.digests[3]):
+        pages.get_into(put.digests, [memoryview(out) for out in outs])
+    assert pages.damaged_places() == [(key, put.digests[3])]
+    assert pages.put(data).new_pages == 1
+    assert [pages.get(name) for name in put.digests] == data
+    pages.close()
+
+
+def test_a_segment_whose_index_the_disk_cannot_read_is_broken_and_hinders_nobody(store: Store) -> None:
+    with Repository.init(store) as repo:
+        data = halves(2)
+        snapshot(repo, data)
+        (segment,) = repo.pages.segments()
+    disk = UnreadableStore(store)
+    disk.bad = segment.key, range(segment.data_bytes, segment.data_bytes + 9)
+    with Repository.open(disk) as repo:
+        assert list(repo.pages.broken_segments()) == [segment.key]
+        assert {finding.code for finding in fsck.check(repo).findings} == {
+            fsck.Code.DAMAGED_SEGMENT,
+            fsck.Code.MISSING_PAGE,
+        }
+        repo.put_pages(data)
+        assert fsck.check(repo).is_whole
+        gc.apply(repo, gc.plan(repo, min_age=0))
+        assert fsck.check(repo).is_clean and read_back(repo, "main") == data
+
+
 def test_a_deleted_segment_is_missing_pages(pages: PageStore, store: Store) -> None:
     names = pages.put(halves(2)).digests
     store.delete(pages.homes(names[0]))
@@ -313,8 +371,8 @@ class FullStore(WrapperStore):
 
     left = 0
 
-    def writer(self, key: str, *, size_hint: int = 0) -> ObjectWriter:
-        store, below = self, super().writer(key, size_hint=size_hint)
+    def writer(self, key: str) -> ObjectWriter:
+        store, below = self, super().writer(key)
 
         class Writer(ObjectWriter):
             def write(self, data: Buffer) -> None:

@@ -1,7 +1,8 @@
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +20,7 @@ from kvist.errors import (
     NotFound,
     RepositoryNotFound,
 )
+from kvist.hashing import Buffer
 from kvist.layout import Layout
 from kvist.repo import LogicalSeq, Manifest, PageEntry, RefKind, Repository, Snapshot, fsck, gc, lock
 from kvist.repo.objects import manifest_key, snapshot_key
@@ -216,6 +218,31 @@ def test_a_parent_that_was_never_finished_is_refused(repo: Repository) -> None:
     repo.tag("v1", "main")
 
 
+def test_a_branch_whose_tip_was_never_finished_is_not_continued(store: Store) -> None:
+    """A writer published it and died; a gc took a part of it."""
+    with Repository.init(store) as repo:
+        tip = snapshot(repo, halves(1))
+        store.delete([manifest_key(tip.manifests[0])])
+        with Repository.open(store) as other, pytest.raises(NotFound, match="never finished"):
+            snapshot(other, halves(1, 1))
+        assert repo.resolve("main") == tip.cid
+
+
+def test_a_parent_deleted_by_another_process_is_refused_before_anything_is_written(repo: Repository) -> None:
+    other = Repository.open(repo.store)
+    first = snapshot(other, halves(1), None)
+    second = snapshot(other, halves(1, 1), None, parents=[first.cid])
+    repo.put_pages(halves(1, 2))
+    gc.apply(repo, gc.plan(repo, min_age=0))
+    other.put_pages(halves(1, 2))
+    before = stored(other)
+    for branch in (None, "main"):
+        with pytest.raises(NotFound, match=second.cid):
+            other.commit([manifest(halves(1, 2))], parents=[second.cid], branch=branch)
+    assert stored(other) == before
+    other.pages.close()
+
+
 def test_a_damaged_parent_can_be_continued(repo: Repository) -> None:
     first = snapshot(repo, halves(1))
     (key,) = repo.pages.homes(digest(halves(1)[0]))
@@ -353,6 +380,38 @@ def test_the_second_of_two_commits_on_one_branch_conflicts(repo: Repository) -> 
     slow.pages.close()
 
 
+def test_a_commit_that_makes_a_branch_which_a_rival_makes_first_conflicts(repo: Repository) -> None:
+    slow = during(repo, lambda: snapshot(repo, halves(1, 1), "new"), at=3)
+    with pytest.raises(Conflict, match="there was no such branch before"):
+        snapshot(slow, halves(1, 2), "new")
+    assert read_back(repo, "new") == halves(1, 1)
+    slow.pages.close()
+
+
+def test_a_ref_is_mended_unless_a_gc_takes_what_it_would_name(repo: Repository) -> None:
+    made = snapshot(repo, halves(1), None)
+    repo.store.put("refs/tags/v1.ref", b"damaged")
+    held = lock.acquire(repo.store, lock.Condemned(objects=frozenset([snapshot_key(made.cid)])))
+    with pytest.raises(Conflict, match="a gc took"):
+        repo.mend_ref(RefKind.TAG, "v1", made.cid)
+    with pytest.raises(DamagedObject):
+        repo.refs.read(RefKind.TAG, "v1")
+    lock.release(repo.store, held)
+    assert repo.mend_ref(RefKind.TAG, "v1", made.cid) == repo.refs.read(RefKind.TAG, "v1")
+    with pytest.raises(AlreadyExists, match="not damaged"):
+        repo.mend_ref(RefKind.TAG, "v1", made.cid)
+
+
+def test_two_who_mend_one_ref(repo: Repository) -> None:
+    first, second = snapshot(repo, halves(1), None), snapshot(repo, halves(1, 1), None)
+    repo.store.put("refs/branches/main.ref", b"damaged")
+    slow = during(repo, lambda: repo.mend_ref(RefKind.BRANCH, "main", first.cid), at=1)
+    with pytest.raises(Conflict):
+        slow.mend_ref(RefKind.BRANCH, "main", second.cid)
+    assert repo.resolve("main") == first.cid
+    slow.pages.close()
+
+
 @pytest.mark.parametrize("at", range(1, 5))
 @pytest.mark.parametrize("kind", RefKind)
 def test_a_gc_at_any_moment_of_naming_what_it_takes(repo: Repository, at: int, kind: RefKind) -> None:
@@ -431,6 +490,21 @@ def test_a_stale_cache_does_not_revive_what_a_gc_deleted(repo: Repository) -> No
             act()
     assert [*other.refs.all()] == []
     other.pages.close()
+
+
+def test_a_manifest_that_is_there_already_is_made_durable_again(repo: Repository) -> None:
+    """Whoever put it may not have reached the barrier."""
+
+    class Recording(CrashingStore):
+        def put_many(self, items: Sequence[tuple[str, Buffer]], *, mode: Literal["overwrite", "create"]) -> None:
+            batches.append((mode, [key for key, _ in items]))
+            super().put_many(items, mode=mode)
+
+    batches: list[tuple[str, list[str]]] = []
+    made = snapshot(repo, halves(1))
+    with Repository.open(Recording(repo.store)) as other:
+        other.commit([manifest(halves(1))], branch="main")
+    assert ("create", [manifest_key(made.manifests[0])]) in batches
 
 
 # -- crashes -------------------------------------------------------------------------------------------------------

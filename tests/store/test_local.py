@@ -137,6 +137,47 @@ def test_a_call_that_fails(
     WRITES[how](store, 1000)
 
 
+# -- a disk that cannot read -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EACCES])
+def test_bytes_that_the_disk_cannot_read_are_damage(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    store.put("a", b"12345")
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pread", fail)
+    monkeypatch.setattr(os, "preadv", fail)
+    kind = StoreError if number == errno.EACCES else IntegrityError
+    with pytest.raises(kind, match=os.strerror(number)):
+        store.get("a")
+    with pytest.raises(kind, match=os.strerror(number)):
+        store.get_ranges("a", [Range(0, memoryview(bytearray(5)))])
+
+
+# -- durability ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("how", ["create", "put_many", "writer"])
+def test_every_new_directory_is_synced_into_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, durable: bool
+) -> None:
+    synced, fsync = set(), os.fsync
+
+    def record(fd: int) -> None:
+        synced.add(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", record)
+    WRITES[how](LocalStore(tmp_path / "new" / "root", durable=durable), 10)
+    wanted = {str(tmp_path / each) for each in ("", "new", "new/root", "new/root/big")}
+    assert synced == (wanted if durable else set())
+
+
 # -- places that cannot be written -------------------------------------------------------------------------------
 
 

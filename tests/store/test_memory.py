@@ -22,8 +22,8 @@ class SlowStore(WrapperStore):
     put_many = Store.put_many
     clean = Store.clean
 
-    def writer(self, key: str, *, size_hint: int = 0) -> ObjectWriter:
-        return Store.writer(self, key, size_hint=size_hint)
+    def writer(self, key: str) -> ObjectWriter:
+        return Store.writer(self, key)
 
 
 class TestSlowDefaults(StoreTests):

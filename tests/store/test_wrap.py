@@ -3,19 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from kvist.errors import InvalidName, NotFound, StoreError
+from kvist.errors import NotFound, StoreError
 from kvist.store import (
     DelayedStore,
-    LocalStore,
     MemoryStore,
     MeteredStore,
-    PrefixStore,
     Range,
     ReadOnlyStore,
     Store,
     Traffic,
     WrapperStore,
-    open_store,
 )
 from kvist.testing.store import StoreTests
 
@@ -27,37 +24,6 @@ class TestWrapperStore(StoreTests):
     def reopen(self, store: Store) -> Store:
         assert isinstance(store, WrapperStore)
         return WrapperStore(store.store)
-
-
-class TestPrefixStore(StoreTests):
-    def make_store(self, tmp_path: Path) -> Store:
-        below = LocalStore(tmp_path / "s", durable=False)
-        below.put("pp/q", b"outside")
-        return PrefixStore(below, "p/q")
-
-    def reopen(self, store: Store) -> Store:
-        assert isinstance(store, PrefixStore)
-        return PrefixStore(open_store(store.store.url), "p/q")
-
-    def test_its_url_opens_the_same_data(self, tmp_path: Path) -> None:
-        view = self.make_store(tmp_path)
-        view.put("a/b", b"x")
-        assert open_store(view.url).get("a/b") == b"x"
-        assert open_store(view.url) == view
-
-    @pytest.mark.parametrize("prefix", ["", "/", "p/", "../p", ".p"])
-    def test_a_bad_prefix(self, prefix: str) -> None:
-        with pytest.raises(InvalidName):
-            PrefixStore(MemoryStore(), prefix)
-
-    def test_it_is_a_view(self) -> None:
-        below = MemoryStore()
-        below.put("p/a", b"1")
-        view = PrefixStore(below, "p")
-        assert view.get("a") == b"1"
-        view.put_many([("b/c", b"2")], mode="create")
-        assert [info.key for info in below.list()] == ["p/a", "p/b/c"]
-        assert [info.key for info in view.list("b/")] == ["b/c"]
 
 
 class TestMeteredStore(StoreTests):

@@ -42,7 +42,10 @@ class CachePager(ABC):
 
     @abstractmethod
     def pause(self) -> None:
-        """Return when the engine has stopped between two steps: pages and tables stay put until `resume`."""
+        """Return when the engine has stopped between two steps: pages and tables stay put until `resume`.
+
+        Also against other pagers of the same engine, in other threads: their `pause` waits until this one is undone.
+        """
 
     @abstractmethod
     def resume(self) -> None:
@@ -92,7 +95,7 @@ class CachePager(ABC):
         sequences that name it; a slot named by none of them is freed, or kept as prefix cache if it has a block hash.
 
         Raises:
-            Conflict: a sequence of that id is live; nothing was installed.
+            Conflict: a sequence of that id is live, or two of ``seqs`` have one id; nothing was installed.
         """
 
     # -- optional fast paths -------------------------------------------------------------------------------------

@@ -122,6 +122,8 @@ def _known_pages(
 ) -> dict[str | None, tuple[str, str]]:
     """Digests by block hash, from the parents' manifests, as far as the repository still has the pages whole."""
     known: dict[str | None, tuple[str, str]] = {}
+    if parents:
+        repo.pages.refresh()  # another process may have found a page damaged
     for parent in parents:
         for cid in repo.snapshot(parent).manifests:
             manifest = repo.manifest(cid)

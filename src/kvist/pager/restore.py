@@ -70,7 +70,7 @@ def restore(
         LayoutMismatch: the pages do not fit this engine.
         NotFound: no such snapshot, or no sequence of an id in it.
         MissingPage, DamagedPage: a page cannot be had; the engine is as it was.
-        PoolExhausted, Conflict: too few free slots, or an id is taken; the engine is as it was.
+        PoolExhausted, Conflict: too few free slots, or an id is taken or given twice; the engine is as it was.
     """
     started = time.perf_counter()
     cid = repo.resolve(rev)

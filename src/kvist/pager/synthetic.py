@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvist.errors import Conflict, InvalidInput, PoolExhausted
@@ -16,11 +16,11 @@ from kvist.repo.manifest import LogicalSeq
 
 @dataclass(slots=True)
 class _Pool:
-    """What clones of one synthetic engine share."""
+    """What clones of one synthetic engine share. A pause holds the lock: other threads wait until it is undone."""
 
     pages: dict[int, PageBytes] = field(default_factory=dict)
     sequences: dict[str, LogicalSeq] = field(default_factory=dict)
-    pending: set[int] = field(default_factory=set)
+    pending: dict[int, SyntheticCachePager] = field(default_factory=dict)  # who allocated the slot
     next_ix: int = 0
     pauses: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -74,6 +74,7 @@ class SyntheticCachePager(CachePager):
 
     def pause(self) -> None:
         """See `CachePager.pause`."""
+        self._pool.lock.acquire()
         self.calls["pause"] += 1
         self._pool.pauses += 1
 
@@ -81,11 +82,12 @@ class SyntheticCachePager(CachePager):
         """See `CachePager.resume`."""
         self.calls["resume"] += 1
         self._pool.pauses -= 1
+        self._pool.lock.release()
 
     def occupied_pages(self) -> list[int]:
         """See `CachePager.occupied_pages`."""
         with self._pool.lock:
-            return sorted(self._pool.pages.keys() - self._pool.pending)
+            return sorted(self._pool.pages.keys() - self._pool.pending.keys())
 
     def logical_seqs(self) -> list[LogicalSeq]:
         """See `CachePager.logical_seqs`."""
@@ -103,12 +105,12 @@ class SyntheticCachePager(CachePager):
     def allocate_pages(self, n: int) -> list[int]:
         """See `CachePager.allocate_pages`."""
         with self._pool.lock:
-            used = len(self._pool.pages.keys() | self._pool.pending)
+            used = len(self._pool.pages.keys() | self._pool.pending.keys())
             if self._slots is not None and used + n > self._slots:
                 raise PoolExhausted(f"{n} slots are needed, {self._slots - used} of {self._slots} are free")
             ixs = list(range(self._pool.next_ix, self._pool.next_ix + n))
             self._pool.next_ix += n
-            self._pool.pending.update(ixs)
+            self._pool.pending |= dict.fromkeys(ixs, self)
             return ixs
 
     def write_page(self, ix: int, page: PageBytes) -> None:
@@ -118,7 +120,7 @@ class SyntheticCachePager(CachePager):
         if len(page.k) != half or len(page.v) != half:
             raise InvalidInput(f"slot {ix}: K and V have {len(page.k)} and {len(page.v)} bytes, expected {half} each")
         with self._pool.lock:
-            if ix not in self._pool.pending:
+            if self._pool.pending.get(ix) is not self:
                 raise InvalidInput(f"slot {ix} was not allocated since the last install")
             self._pool.pages[ix] = PageBytes(bytes(page.k), bytes(page.v))
 
@@ -128,21 +130,24 @@ class SyntheticCachePager(CachePager):
             taken = [seq.id for seq in seqs if seq.id in self._pool.sequences]
             if taken:
                 raise Conflict(f"the engine already has a sequence {taken[0]!r}")
+            twice = [name for name, count in Counter(seq.id for seq in seqs).items() if count > 1]
+            if twice:
+                raise Conflict(f"two of the sequences are called {twice[0]!r}")
             unknown = {ix for seq in seqs for ix in seq.page_ixs} - self._pool.pages.keys()
             if unknown:
                 raise InvalidInput(f"slot {min(unknown)} holds no page")
             self._pool.sequences |= {seq.id: seq for seq in seqs}
-            self._sweep(self._pool.pending)
+            self._sweep(ix for ix, owner in self._pool.pending.items() if owner is self)
 
     def release_pages(self, ixs: Sequence[int]) -> None:
         """See `CachePager.release_pages`."""
         with self._pool.lock:
-            self._sweep(set(ixs) & self._pool.pending)
+            self._sweep(ix for ix in ixs if self._pool.pending.get(ix) is self)
 
-    def _sweep(self, ixs: set[int]) -> None:
+    def _sweep(self, ixs: Iterable[int]) -> None:
         """Free those of ``ixs`` that no sequence names."""
         named = {ix for seq in self._pool.sequences.values() for ix in seq.page_ixs}
         for ix in list(ixs):
-            self._pool.pending.discard(ix)
+            self._pool.pending.pop(ix, None)
             if ix not in named:
                 self._pool.pages.pop(ix, None)

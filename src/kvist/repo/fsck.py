@@ -100,15 +100,18 @@ def check(
         progress: called with pages read and pages in all.
     """
     for _ in range(_TRIES - 1):
-        before = _ref_etags(repo)
+        before = ref_etags(repo)
         report = _Check(repo, read_pages, progress).run()
-        if report.is_whole or _ref_etags(repo) == before:
+        if report.is_whole or ref_etags(repo) == before:
             return report
     return _Check(repo, read_pages, progress).run()
 
 
-def _ref_etags(repo: Repository) -> list[tuple[str, str]]:
-    """Changes when a ref does: what was reachable when a check began may then rightly be gone by its end."""
+def ref_etags(repo: Repository) -> list[tuple[str, str]]:
+    """Every ref's record and its etag, which changes when the ref does.
+
+    What was reachable when a check began may then rightly be gone by its end, and the other way round.
+    """
     return [(info.key, info.etag) for kind in RefKind for info in repo.store.list(kind.value)]
 
 
@@ -188,7 +191,10 @@ class _Check:
         return reached
 
     def _strays(self) -> None:
-        """Stored objects that no ref reaches and that are not what their key says: they harm nobody."""
+        """Snapshots that no ref reaches and that are not what their key says, and objects under keys that are no cid.
+
+        They harm nobody. The content of manifests that no ref reaches is not read.
+        """
         for prefix in (SNAPSHOTS, MANIFESTS):
             for info in self.repo.store.list(prefix):
                 cid = ""

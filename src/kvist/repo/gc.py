@@ -9,10 +9,10 @@ import collections
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
-from kvist.errors import IntegrityError, KvistError
+from kvist.errors import Conflict, IntegrityError, KvistError
 from kvist.repo import fsck, lineage, lock, marks
 from kvist.repo.objects import MANIFESTS, SNAPSHOTS, manifest_key, snapshot_key
 from kvist.repo.repository import Repository
@@ -27,6 +27,8 @@ MIN_AGE: Final = 3600.0
 """Seconds for which whatever was written is kept, reachable or not."""
 REPACK_BELOW: Final = 0.5
 """A segment with a smaller part of live bytes is rewritten."""
+_SURVEYS: Final = 10
+"""How often a gc looks again because refs changed while it looked."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,12 @@ def apply(
 
     Raises:
         Locked: another gc runs.
+        Conflict: refs keep changing, so that no survey of them is still true when it is done; nothing was deleted.
     """
     held = lock.acquire(repo.store, _condemned(planned), break_lock=break_lock)
     try:
-        survey = _survey(repo, planned.min_age, planned)
-        now = survey.plan
-        repo.pages.rewrite(survey.copied, progress)
+        now = _make_ready(repo, planned, progress)
         gone = {*now.segments, *now.repack}
-        repo.pages.rewrite(repo.pages.verify(survey.doubled, without=gone))  # the copy that stays may be the bad one
         # From the top down, children before parents: a crash in between leaves no object that names a missing one.
         repo.store.delete(map(snapshot_key, now.snapshots))
         repo.store.delete(map(manifest_key, now.manifests))
@@ -124,6 +124,25 @@ def apply(
         repo.pages.refresh()
         repo.objects.forget()
     return now
+
+
+def _make_ready(repo: Repository, planned: GcPlan, progress: Callable[[int, int], None] | None) -> GcPlan:
+    """Survey, copy what must stay, and return what may be deleted by refs that are still as the survey saw them.
+
+    A writer whose ref came after the survey takes it back, unless it is killed before it looks: hence the last glance.
+    """
+    copied = 0
+    for _ in range(_SURVEYS):
+        seen = fsck.ref_etags(repo)
+        survey = _survey(repo, planned.min_age, planned)
+        now = survey.plan
+        repo.pages.rewrite(survey.copied, progress)
+        copied += now.copy_bytes
+        # the copy that stays may be the bad one
+        repo.pages.rewrite(repo.pages.verify(survey.doubled, without={*now.segments, *now.repack}))
+        if fsck.ref_etags(repo) == seen:
+            return replace(now, copy_bytes=copied)
+    raise Conflict(f"refs changed during each of {_SURVEYS} surveys; nothing was deleted", hint="retry kvist gc")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from kvist.errors import AlreadyExists, Conflict, InvalidManifest, Locked, NotFound
+from kvist.errors import AlreadyExists, Conflict, IntegrityError, InvalidManifest, Locked, NotFound
 from kvist.repo.manifest import canonical_json, parse_json
 from kvist.store import Match, Store
 
@@ -107,7 +107,7 @@ def holder(store: Store) -> Holder | None:
         return found
     except NotFound:
         return None
-    except (InvalidManifest, KeyError, TypeError, ValueError, OverflowError) as error:
+    except (IntegrityError, InvalidManifest, KeyError, TypeError, ValueError, OverflowError) as error:
         raise Locked(f"the gc lock {KEY} is unreadable: {error}", hint="kvist gc --break-lock") from None
 
 

@@ -242,6 +242,9 @@ def _check_sequences(sequences: tuple[LogicalSeq, ...], ixs: set[int], size: int
         if seq.id == previous:
             raise InvalidManifest(f"{where} occurs twice")
         previous = seq.id
+        what = f"{where}: page ix"
+        for ix in seq.page_ixs:
+            _u32(ix, what)
         if len(set(seq.page_ixs)) != len(seq.page_ixs):
             raise InvalidManifest(f"{where} names a page ix twice")
         dangling = set(seq.page_ixs) - ixs
@@ -263,6 +266,8 @@ def _check_sequences(sequences: tuple[LogicalSeq, ...], ixs: set[int], size: int
 
 def _check_json(value: Mapping[str, Any], what: str) -> None:
     """Refuse what would come back different: number keys, tuples, NaN."""
+    if not isinstance(value, Mapping):
+        raise InvalidManifest(f"{what} must be a mapping, got {value!r:.80}")
     if not value:
         return
     try:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from kvist.errors import DamagedObject, KvistError, NotFound
+from kvist.errors import DamagedObject, IntegrityError, KvistError, NotFound
 from kvist.hashing import sha256_cid
 from kvist.ids import digest_hex, parse_cid
 from kvist.repo.manifest import Manifest
@@ -102,12 +102,15 @@ class Objects:
 
     def _put(self, items: list[tuple[str, bytes]]) -> None:
         """Put what is absent or, after damage, different from what its key says."""
-        self._store.put_many([(key, data) for key, data in items if not self._is_whole(key, data)], mode="overwrite")
+        whole = [item for item in items if self._is_whole(*item)]
+        wrong = [item for item in items if item not in whole]
+        self._store.put_many(wrong, mode="overwrite")
+        self._store.put_many(whole, mode="create")  # for the barrier: their writer may not have reached its own yet
 
     def _is_whole(self, key: str, data: bytes) -> bool:
         try:
             return self._store.head(key) is not None and self._store.get(key) == data
-        except NotFound:
+        except (NotFound, IntegrityError):
             return False
 
     def _get(self, key: str, cid: str, what: str) -> bytes:

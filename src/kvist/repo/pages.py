@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final
 
-from kvist.errors import DamagedObject, DamagedPage, IntegrityError, InvalidInput, MissingPage, NotFound, StoreError
+from kvist.errors import DamagedPage, IntegrityError, InvalidInput, MissingPage, NotFound, StoreError
 from kvist.hashing import DIGESTS, Buffer
 from kvist.ids import digest_hex, format_digest, parse_digest
 from kvist.repo import marks
@@ -97,7 +97,7 @@ class PageStore:
         """A segment's index, or its key and what is wrong, or ``None`` if a gc deleted it since the listing."""
         try:
             return segments.read_index(self._store, info.key, info.size, info.modified, self.algorithm)
-        except DamagedObject as error:
+        except IntegrityError as error:
             logger.warning("%s; its pages count as missing until they are put again", error)
             return info.key, str(error)
         except NotFound:
@@ -320,10 +320,11 @@ class PageStore:
                 self._drop(key)
             return [wanted for _, wanted in reads]
         except IntegrityError as error:
+            if len(reads) > 1:  # find those that cannot be read
+                return [wanted for read in reads for wanted in self._read_window(key, [read])]
             logger.error("%s", error)
-            for _, (raw, _) in reads:
-                self._mark(key, raw)
-            return [wanted for _, wanted in reads]
+            self._mark(key, reads[0][1][0])
+            return [reads[0][1]]
         damaged = []
         for start, (raw, out) in reads:
             if out is not first[start]:

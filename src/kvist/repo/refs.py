@@ -121,13 +121,24 @@ class Refs:
 
         Raises:
             AlreadyExists: it is readable: there is nothing to mend.
+            Conflict: it changed meanwhile.
         """
+        key = _key(kind, check_name(name))
+        info = self._store.head(key)
         try:
-            found = self._load(kind, check_name(name))
+            found = self._load(kind, name)
         except DamagedObject:
-            data = _encode(parse_cid(cid))
-            return Ref(kind, name, cid, self._store.put(_key(kind, name), data))
+            mode = Match(info.etag if info is not None else "")
+            return Ref(kind, name, cid, self._store.put(key, _encode(parse_cid(cid)), mode=mode))
         raise AlreadyExists(f"{kind.noun} {name} is not damaged: it names {found and found.cid}")
+
+    def unmend(self, ref: Ref) -> None:
+        """Take back a `mend` of this instant: the record is unreadable again, so that it can be mended.
+
+        Raises:
+            Conflict: it moved meanwhile.
+        """
+        self._store.put(_key(ref.kind, ref.name), b"", mode=Match(ref.etag))
 
     def _write(self, kind: RefKind, name: str, cid: str | None, found: Ref | None) -> Ref:
         data = _encode(cid if cid is None else parse_cid(cid))

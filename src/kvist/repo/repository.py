@@ -3,7 +3,8 @@
 Knows what a commit must make durable, and in which order. Must not know engines.
 
 Order of a commit, each step durable before the next: pages, manifests, snapshot, ref. So whatever a ref reaches is
-whole at any moment, also after a crash; what a crash leaves behind is unreachable and the next gc's to take.
+whole, also after a crash; what a crash leaves behind is unreachable and the next gc's to take. (The one exception, a
+writer killed in the moment in which a gc deletes what it names, is told in docs/spec/repository.md.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Final, Self
 from kvist.errors import (
     AlreadyExists,
     Conflict,
-    DamagedPage,
     InvalidInput,
     InvalidManifest,
     NotFound,
@@ -28,10 +28,11 @@ from kvist.hashing import Buffer
 from kvist.ids import ALGORITHMS, check_name, short
 from kvist.repo import lineage, lock
 from kvist.repo.manifest import Manifest, canonical_json, parse_json
-from kvist.repo.objects import Objects, manifest_key, snapshot_key
+from kvist.repo.objects import Objects, snapshot_key
 from kvist.repo.pages import PageStore, PutPages
 from kvist.repo.refs import Ref, RefKind, Refs
 from kvist.repo.snapshot import Snapshot
+from kvist.repo.wholeness import Wholeness
 from kvist.store import Store, open_store
 
 CONFIG: Final = "kvist.json"
@@ -59,7 +60,7 @@ class Repository:
         self.pages: Final = PageStore(store, page_digest)
         self.objects: Final = Objects(store)
         self.refs: Final = Refs(store)
-        self._whole: Final[set[str]] = set()  # cids that were confirmed; a gc keeps or deletes them as a whole
+        self._wholeness: Final = Wholeness(store, self.objects, self.pages)
 
     # -- opening -------------------------------------------------------------------------------------------------
 
@@ -157,8 +158,8 @@ class Repository:
         Raises:
             MissingPage, DamagedPage: a manifest names a page that is not stored, or only damaged.
             NotFound: an unknown parent, or one that was never finished.
-            Conflict: the branch names what is no ancestor of the snapshot, or moved meanwhile, or a gc took what the
-                snapshot needs; retry.
+            Conflict: the branch names what is no ancestor of the snapshot, or was moved or made meanwhile, or a gc took
+                what the snapshot needs; retry.
         """
         tip = self.refs.read(RefKind.BRANCH, branch) if branch is not None else None
         if parents is None:
@@ -168,10 +169,10 @@ class Repository:
                 f"branch {branch} names {tip.cid}, which the new snapshot does not continue; moving it would lose that",
                 hint="choose another branch, or give that snapshot as a parent",
             )
+        self._wholeness.require_stored(parents)
         for parent in parents:
-            if tip is None or parent != tip.cid:
-                self._require_whole(self.objects.snapshot(parent))
-        self._require_pages(manifests)
+            self._wholeness.require_whole(self.objects.snapshot(parent))
+        self._wholeness.require_pages(manifests)
         snapshot = Snapshot(
             manifests=tuple(manifest.cid for manifest in manifests),
             parents=tuple(parents),
@@ -183,10 +184,13 @@ class Repository:
         self.objects.put_manifests(manifests)
         self.objects.put_snapshots([snapshot])
         if branch is None:
-            self._confirm([snapshot])
+            self._wholeness.confirm([snapshot])
         else:
-            self._publish_all([(RefKind.BRANCH, branch, snapshot, tip)])
-        self._whole.add(snapshot.cid)
+            try:
+                self._publish_all([(RefKind.BRANCH, branch, snapshot, tip)])
+            except AlreadyExists as error:
+                raise Conflict(f"{error}; there was no such branch before", hint="read it again and retry") from None
+        self._wholeness.learn(snapshot)
         return snapshot
 
     def fork(self, rev: str, n: int, *, name: str | None = None) -> list[Snapshot]:
@@ -208,7 +212,7 @@ class Repository:
         cid = self.resolve(rev)
         source = self.objects.snapshot(cid)
         base = check_name(name) if name is not None else f"fork/{short(cid)}-{secrets.token_hex(4)}"
-        self._require_pages(map(self.objects.manifest, source.manifests))
+        self._wholeness.require_pages(map(self.objects.manifest, source.manifests))
         for taken in set(self.refs.names(RefKind.BRANCH)) & {f"{base}/{i}" for i in range(n)}:
             if self.refs.read(RefKind.BRANCH, taken) is not None:  # a deleted branch leaves its name free
                 raise AlreadyExists(f"branch {taken} exists", hint="choose another name")
@@ -260,11 +264,31 @@ class Repository:
         self.refs.delete(found)
         return found
 
+    def mend_ref(self, kind: RefKind, name: str, rev: str) -> Ref:
+        """Point a branch or tag whose record is unreadable at a snapshot.
+
+        Raises:
+            AlreadyExists: it is readable: there is nothing to mend.
+            Conflict: it changed meanwhile, or a gc is deleting the snapshot.
+        """
+        snapshot = self._to_name(rev)
+        ref = self.refs.mend(kind, name, snapshot.cid)
+        try:
+            self._wholeness.confirm([snapshot])
+        except BaseException:
+            with contextlib.suppress(Conflict):
+                self.refs.unmend(ref)
+            raise
+        return ref
+
     def _name(self, kind: RefKind, name: str, rev: str, found: Ref | None) -> Ref:
-        cid = self.resolve(rev)
-        snapshot = self.objects.snapshot(cid)
-        self._require_pages(map(self.objects.manifest, snapshot.manifests))
-        return self._publish_all([(kind, name, snapshot, found)])[0]
+        return self._publish_all([(kind, name, self._to_name(rev), found)])[0]
+
+    def _to_name(self, rev: str) -> Snapshot:
+        """A snapshot that may be named, as far as can be seen before it is."""
+        snapshot = self.objects.snapshot(self.resolve(rev))
+        self._wholeness.require_pages(map(self.objects.manifest, snapshot.manifests))
+        return snapshot
 
     def _publish_all(self, wanted: Sequence[tuple[RefKind, str, Snapshot, Ref | None]]) -> list[Ref]:
         """Name stored snapshots, each by a ref that was read before, under the protocol of `kvist.repo.lock`.
@@ -274,14 +298,14 @@ class Repository:
         """
         snapshots = [snapshot for _, _, snapshot, _ in wanted]
         if lock.holder(self.store) is not None:
-            self._confirm(snapshots)
+            self._wholeness.confirm(snapshots)
         published: list[tuple[Ref, Ref | None]] = []
         try:
             for kind, name, snapshot, found in wanted:
                 cid = snapshot.cid
                 ref = self.refs.create(kind, name, cid) if found is None else self.refs.move(found, cid)
                 published.append((ref, found))
-            self._confirm(snapshots)
+            self._wholeness.confirm(snapshots)
         except BaseException:
             for ref, found in published:
                 with contextlib.suppress(Conflict):  # somebody moved the ref on meanwhile: it is theirs now
@@ -296,48 +320,6 @@ class Repository:
             self.refs.withdraw(ref)
         else:
             self.refs.delete(ref)
-
-    def _confirm(self, snapshots: Sequence[Snapshot]) -> None:
-        """Raise `Conflict` if a gc deletes, or deleted, what the snapshots need."""
-        lost = self._lost(snapshots, lock.condemned(self.store))
-        if lost is not None:
-            self.objects.forget()  # what it took may still be in our memory
-            raise Conflict(f"a gc took {lost} while this was being named; nothing was named", hint="retry")
-
-    def _lost(self, snapshots: Sequence[Snapshot], condemned: lock.Condemned) -> str | None:
-        keys = {snapshot_key(cid) for snapshot in snapshots for cid in (snapshot.cid, *snapshot.parents)}
-        cids = {cid for snapshot in snapshots for cid in snapshot.manifests}
-        for key in keys | {manifest_key(cid) for cid in cids}:
-            if key in condemned.objects or not self.objects.has(key):
-                return key
-        self.pages.refresh()
-        for cid in cids:
-            for digest in self.objects.manifest(cid).digests:
-                if condemned.loses(digest, self.pages.homes(digest)):
-                    return f"page {digest}"
-        return None
-
-    def _require_whole(self, snapshot: Snapshot) -> None:
-        """Refuse what its maker could not confirm: what was confirmed has whole ancestors, and stays so."""
-        if snapshot.cid in self._whole:
-            return
-        for key in (*map(snapshot_key, snapshot.parents), *map(manifest_key, snapshot.manifests)):
-            if not self.objects.has(key):
-                raise NotFound(f"snapshot {snapshot.cid} was never finished: {key} is not stored")
-        self._require_pages(map(self.objects.manifest, snapshot.manifests), or_damaged=True)
-        self._whole.add(snapshot.cid)
-
-    def _require_pages(self, manifests: Iterable[Manifest], *, or_damaged: bool = False) -> None:
-        sizes = {digest: manifest.layout.page_bytes for manifest in manifests for digest in manifest.digests}
-        self.pages.refresh()  # another process may have put them, or found them damaged
-        for digest, size in sizes.items():
-            found = self.pages.size(digest)
-            if found is None:
-                error = self.pages.absent(digest)
-                if not (or_damaged and isinstance(error, DamagedPage)):
-                    raise error
-            elif found != size:
-                raise InvalidManifest(f"page {digest} has {found} bytes, the manifest's layout says {size}")
 
     # -- reading -------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from kvist.store.base import Match, ObjectInfo, ObjectWriter, PutMode, Range, St
 from kvist.store.local import LocalStore
 from kvist.store.memory import MemoryStore
 from kvist.store.url import open_store
-from kvist.store.wrap import DelayedStore, MeteredStore, PrefixStore, ReadOnlyStore, Traffic, WrapperStore
+from kvist.store.wrap import DelayedStore, MeteredStore, ReadOnlyStore, Traffic, WrapperStore
 
 __all__ = [
     "DelayedStore",
@@ -16,7 +16,6 @@ __all__ = [
     "MeteredStore",
     "ObjectInfo",
     "ObjectWriter",
-    "PrefixStore",
     "PutMode",
     "Range",
     "ReadOnlyStore",

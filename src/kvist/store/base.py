@@ -169,6 +169,7 @@ class Store(ABC):
 
         Raises:
             NotFound: there is no such object.
+            IntegrityError: the storage below cannot give back bytes that it holds; so for `get_ranges`.
         """
 
     @abstractmethod
@@ -225,8 +226,8 @@ class Store(ABC):
             except AlreadyExists:
                 continue
 
-    def writer(self, key: str, *, size_hint: int = 0) -> ObjectWriter:
-        """A writer for one new object. ``size_hint``: its likely size in bytes, for preallocation."""
+    def writer(self, key: str) -> ObjectWriter:
+        """A writer for one new object."""
         check_key(key)
         return _CollectingWriter(self, key)
 

@@ -36,6 +36,7 @@ from kvist.store.posix import (
     fill_ranges,
     make_directories,
     read_upto,
+    readable,
     remove_stale,
     sync_directories,
     translated,
@@ -92,7 +93,7 @@ class LocalStore(Store):
         path = self._path(key)
         with translated("write", path):
             self._check(key, path, mode)
-            file = Temporary(self._temporaries)
+            file = self._temporary()
             try:
                 write_all(file.fd, data)
                 etag = file.seal(durable=self._durable)
@@ -111,8 +112,8 @@ class LocalStore(Store):
             # Also where an object was there already: its writer may not have reached its own barrier yet.
             self._sync({path.parent for path in paths})
 
-    def writer(self, key: str, *, size_hint: int = 0) -> ObjectWriter:
-        """See `Store.writer`. ``size_hint`` is not used: preallocation gained nothing where it was measured."""
+    def writer(self, key: str) -> ObjectWriter:
+        """See `Store.writer`."""
         path = self._path(key)
 
         def publish(file: Temporary) -> None:
@@ -121,7 +122,8 @@ class LocalStore(Store):
                 self._publish(file, key, path, "create")
                 self._sync({path.parent})
 
-        return StagedWriter(key, self._temporaries, self._pool, publish)
+        with translated("create a file in", self._temporaries):
+            return StagedWriter(key, self._temporary, self._pool, publish)
 
     def head(self, key: str) -> ObjectInfo | None:
         """See `Store.head`."""
@@ -157,6 +159,9 @@ class LocalStore(Store):
         """Free the staging buffers. The store can be used on."""
         self._pool.clear()
 
+    def _temporary(self, flags: int = 0) -> Temporary:
+        return Temporary(self._temporaries, flags, durable=self._durable)
+
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
@@ -164,7 +169,7 @@ class LocalStore(Store):
     def _reading(self, key: str) -> Iterator[int]:
         """The object's open file. Opened anew for each call: it costs microseconds, and a replaced object is seen."""
         path = self._path(key)
-        with translated("read", path):
+        with readable(path):
             fd = -1
             try:
                 # NONBLOCK: opening a stray pipe must not hang.
@@ -225,7 +230,7 @@ class LocalStore(Store):
             for (key, data), path in zip(items, paths, strict=True):
                 if mode == "create" and _stat(path) is not None:
                     continue
-                files.append((Temporary(self._temporaries), key, path))
+                files.append((self._temporary(), key, path))
                 write_all(files[-1][0].fd, data)
                 if self._durable:
                     files[-1][0].start_writing_back()

@@ -20,6 +20,7 @@ from kvist.hashing import Buffer
 from kvist.store.base import Range
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
 _IOV_MAX: Final = 1024
 
 
@@ -33,6 +34,18 @@ def translated(act: str, path: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise StoreFull(f"cannot {act} {path}: {reason}", hint="free space, or run kvist gc") from error
         raise StoreError(f"cannot {act} {path}: {reason}") from error
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """As `translated`, for reading; what the disk cannot give back is damage, like a flipped bit: `IntegrityError`."""
+    with translated("read", path):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _UNREADABLE:
+                raise
+            raise IntegrityError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def write_all(fd: int, data: Buffer) -> None:
@@ -122,11 +135,11 @@ def sync_directories(paths: Iterable[Path]) -> None:
             os.close(fd)
 
 
-def _create(path: Path, flags: int) -> int:
+def _create(path: Path, flags: int, durable: bool) -> int:
     try:
         return os.open(path, flags, 0o666)
     except FileNotFoundError:
-        make_directories(path.parent)
+        make_directories(path.parent, durable=durable)
         return os.open(path, flags, 0o666)
 
 
@@ -139,10 +152,11 @@ class Temporary:
         fd: open for writing; -1 once discarded.
     """
 
-    def __init__(self, directory: Path, flags: int = 0) -> None:
+    def __init__(self, directory: Path, flags: int = 0, *, durable: bool = False) -> None:
+        """Create it. ``durable``: whether ``directory`` and those above, where they are missing, are made durably."""
         while True:
             self.path = directory / f"{os.getpid()}-{secrets.token_hex(8)}"
-            self.fd = _create(self.path, flags | os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+            self.fd = _create(self.path, flags | os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, durable)
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX)
             except OSError:

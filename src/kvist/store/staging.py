@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 from kvist.hashing import Buffer
@@ -68,10 +67,16 @@ class StagedWriter(ObjectWriter):
     second buffer, so a small object costs one write.
     """
 
-    def __init__(self, key: str, directory: Path, pool: StagingPool, publish: Callable[[Temporary], None]) -> None:
-        """Start a temporary file in ``directory``; ``publish`` makes it durable and gives it its final name."""
+    def __init__(
+        self,
+        key: str,
+        temporary: Callable[[int], Temporary],
+        pool: StagingPool,
+        publish: Callable[[Temporary], None],
+    ) -> None:
+        """Start a file: ``temporary`` makes one with more flags, ``publish`` makes it durable and names it."""
         self._key, self._pool, self._publish = key, pool, publish
-        self._file: Temporary | None = _open_direct(directory)
+        self._file: Temporary | None = _open_direct(temporary)
         self._buffer: memoryview | None = None
         self._fill = 0
         self._submitted = 0
@@ -159,14 +164,13 @@ class StagedWriter(ObjectWriter):
             os.ftruncate(file.fd, self._submitted + self._fill)
 
 
-def _open_direct(directory: Path) -> Temporary:
-    with translated("create a file in", directory):
-        try:
-            return Temporary(directory, os.O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-        return Temporary(directory)
+def _open_direct(temporary: Callable[[int], Temporary]) -> Temporary:
+    try:
+        return temporary(os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return temporary(0)
 
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:

@@ -1,16 +1,16 @@
-"""Stores around stores: read only, below a prefix, metered, delayed. Each changes one thing and passes on the rest."""
+"""Stores around stores: read only, metered, delayed. Each changes one thing and passes on the rest."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from kvist.errors import StoreError
 from kvist.hashing import Buffer
-from kvist.store.base import ObjectInfo, ObjectWriter, PutMode, Range, Store, check_key, check_prefix
+from kvist.store.base import ObjectInfo, ObjectWriter, PutMode, Range, Store
 
 
 class WrapperStore(Store):
@@ -40,9 +40,9 @@ class WrapperStore(Store):
         """See `Store.put_many`."""
         self.store.put_many(items, mode=mode)
 
-    def writer(self, key: str, *, size_hint: int = 0) -> ObjectWriter:
+    def writer(self, key: str) -> ObjectWriter:
         """See `Store.writer`."""
-        return self.store.writer(key, size_hint=size_hint)
+        return self.store.writer(key)
 
     def head(self, key: str) -> ObjectInfo | None:
         """See `Store.head`."""
@@ -76,7 +76,7 @@ class ReadOnlyStore(WrapperStore):
         """Refuse."""
         self._refuse("put", f"{len(items)} objects")
 
-    def writer(self, key: str, *, size_hint: int = 0) -> ObjectWriter:
+    def writer(self, key: str) -> ObjectWriter:
         """Refuse."""
         self._refuse("write", key)
 
@@ -90,60 +90,6 @@ class ReadOnlyStore(WrapperStore):
 
     def _refuse(self, act: str, what: str) -> NoReturn:
         raise StoreError(f"cannot {act} {what}: {self.url} was opened read only")
-
-
-class PrefixStore(WrapperStore):
-    """The objects of ``store`` below ``prefix/``, under their keys without it. `clean` is for the whole store."""
-
-    def __init__(self, store: Store, prefix: str) -> None:
-        """A view of ``store``; ``prefix`` is a key, and ends with no ``/``."""
-        super().__init__(store)
-        self._prefix = check_key(prefix) + "/"
-
-    @property
-    def url(self) -> str:
-        """The url below with the prefix as the end of its path: for a `LocalStore`, that very directory."""
-        path, mark, query = self.store.url.partition("?")
-        return f"{path}/{self._prefix[:-1]}{mark}{query}"
-
-    def get(self, key: str, *, start: int = 0, size: int | None = None) -> bytes:
-        """See `Store.get`."""
-        return self.store.get(self._full(key), start=start, size=size)
-
-    def get_ranges(self, key: str, ranges: Sequence[Range]) -> None:
-        """See `Store.get_ranges`."""
-        self.store.get_ranges(self._full(key), ranges)
-
-    def put(self, key: str, data: Buffer, *, mode: PutMode = "overwrite") -> str:
-        """See `Store.put`."""
-        return self.store.put(self._full(key), data, mode=mode)
-
-    def put_many(self, items: Sequence[tuple[str, Buffer]], *, mode: Literal["overwrite", "create"]) -> None:
-        """See `Store.put_many`."""
-        self.store.put_many([(self._full(key), data) for key, data in items], mode=mode)
-
-    def writer(self, key: str, *, size_hint: int = 0) -> ObjectWriter:
-        """See `Store.writer`."""
-        return self.store.writer(self._full(key), size_hint=size_hint)
-
-    def head(self, key: str) -> ObjectInfo | None:
-        """See `Store.head`."""
-        found = self.store.head(self._full(key))
-        return found and self._own(found)
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See `Store.list`."""
-        return map(self._own, self.store.list(self._prefix + check_prefix(prefix)))
-
-    def delete(self, keys: Iterable[str]) -> None:
-        """See `Store.delete`."""
-        self.store.delete([self._full(key) for key in keys])
-
-    def _full(self, key: str) -> str:
-        return self._prefix + check_key(key)
-
-    def _own(self, info: ObjectInfo) -> ObjectInfo:
-        return replace(info, key=info.key.removeprefix(self._prefix))
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,12 +168,10 @@ class MeteredStore(WrapperStore):
         self.store.put_many(items, mode=mode)
         self._count("put_many", size=sum(_size(data) for _, data in items))
 
-    def writer(self, key: str, *, size_hint: int = 0) -> ObjectWriter:
+    def writer(self, key: str) -> ObjectWriter:
         """See `Store.writer`."""
         self._count("writer", calls=1, objects=1)
-        return _ObservedWriter(
-            self.store.writer(key, size_hint=size_hint), lambda size: self._count("writer", size=size)
-        )
+        return _ObservedWriter(self.store.writer(key), lambda size: self._count("writer", size=size))
 
     def head(self, key: str) -> ObjectInfo | None:
         """See `Store.head`."""
@@ -298,10 +242,10 @@ class DelayedStore(WrapperStore):
         self._transfer(sum(_size(data) for _, data in items))
         self.store.put_many(items, mode=mode)
 
-    def writer(self, key: str, *, size_hint: int = 0) -> ObjectWriter:
+    def writer(self, key: str) -> ObjectWriter:
         """See `Store.writer`. The latency comes once, here."""
         self._sleep(self._latency)
-        return _ObservedWriter(self.store.writer(key, size_hint=size_hint), self._transfer)
+        return _ObservedWriter(self.store.writer(key), self._transfer)
 
     def head(self, key: str) -> ObjectInfo | None:
         """See `Store.head`."""

@@ -67,10 +67,10 @@ class CrashingStore(WrapperStore):
             self.store.put_many([item], mode=mode)
             self._done()
 
-    def writer(self, key: str, *, size_hint: int = 0) -> ObjectWriter:
+    def writer(self, key: str) -> ObjectWriter:
         """See `Store.writer`."""
         self._alive()
-        return _CrashingWriter(self, self.store.writer(key, size_hint=size_hint))
+        return _CrashingWriter(self, self.store.writer(key))
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `Store.delete`. One by one, as `put_many`."""

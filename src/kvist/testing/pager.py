@@ -5,12 +5,16 @@ Subclass it, and say how to make an engine that holds something:
     class TestMyPager(PagerTests):
         def make_pager(self) -> CachePager: ...      # an engine with at least two sequences and four pages
         def make_empty(self) -> CachePager: ...      # the same layout, no sequence, room for all of the above
+        def second_pager(self, pager): ...           # optional: another pager on the same engine
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import Final
 
 import pytest
 
@@ -18,6 +22,9 @@ from kvist.errors import Conflict, InvalidInput, LayoutMismatch, NotFound, PoolE
 from kvist.pager import Arena, CachePager, LogicalSeq, PageBytes, capture, restore
 from kvist.repo import Repository
 from kvist.store import MemoryStore
+
+ROOM_MAX: Final = 4096
+"""Slots above which an engine's free ones are not counted."""
 
 
 def contents(pager: CachePager) -> dict[str, tuple[list[bytes], int, tuple[int, ...]]]:
@@ -36,6 +43,19 @@ def contents(pager: CachePager) -> dict[str, tuple[list[bytes], int, tuple[int, 
         pager.resume()
 
 
+def room(pager: CachePager) -> int:
+    """How many slots can be had, found by taking them all and giving them back; at most `ROOM_MAX`.
+
+    For an engine without sequences: another may evict some to make room.
+    """
+    taken: list[int] = []
+    with contextlib.suppress(PoolExhausted):
+        while len(taken) < ROOM_MAX:
+            taken += pager.allocate_pages(1)
+    pager.release_pages(taken)
+    return len(taken)
+
+
 class PagerTests(ABC):
     """What every `CachePager` must do."""
 
@@ -46,6 +66,10 @@ class PagerTests(ABC):
     @abstractmethod
     def make_empty(self) -> CachePager:
         """A pager on an engine of the same layout without sequences, with room for those of `make_pager`."""
+
+    def second_pager(self, pager: CachePager) -> CachePager | None:
+        """Another pager on the engine of ``pager``, for use in another thread; ``None`` skips what needs one."""
+        return None
 
     @pytest.fixture
     def pager(self) -> CachePager:
@@ -127,6 +151,11 @@ class PagerTests(ABC):
         pager.release_pages([*first, *second])
         assert pager.allocate_pages(0) == []
 
+    def test_slots_given_back_can_be_had_again(self, empty: CachePager) -> None:
+        """All of them, however often."""
+        assert len({room(empty) for _ in range(3)}) == 1
+        assert empty.occupied_pages() == []
+
     def test_allocation_is_all_or_nothing(self, pager: CachePager) -> None:
         """Too much is refused, and what was there stays."""
         before = contents(pager)
@@ -175,13 +204,47 @@ class PagerTests(ABC):
             pager.install_logical_seqs([LogicalSeq("fresh", ()), taken])
         assert contents(pager) == before
 
+    def test_install_refuses_one_id_for_two(self, pager: CachePager) -> None:
+        """In one call, too."""
+        before = contents(pager)
+        with pytest.raises(Conflict):
+            pager.install_logical_seqs([LogicalSeq("twice", ()), LogicalSeq("twice", ())])
+        assert contents(pager) == before
+
     def test_pauses_nest(self, pager: CachePager) -> None:
-        """Two pauses need two resumes; the tables can be read inside."""
+        """The tables can be read inside."""
         pager.pause()
         pager.pause()
         pager.resume()
         assert pager.logical_seqs()
         pager.resume()
+
+    def test_a_pause_keeps_other_pagers_out_until_its_last_resume(self, pager: CachePager) -> None:
+        """Two pauses need two resumes."""
+        other = self.second_pager(pager)
+        if other is None:
+            pytest.skip("no second pager on this engine")
+        entered = threading.Event()
+
+        def enter() -> None:
+            other.pause()
+            entered.set()
+            other.resume()
+
+        thread = threading.Thread(target=enter, daemon=True)
+        pager.pause()
+        pager.pause()
+        try:
+            thread.start()
+            assert not entered.wait(0.1)
+        finally:
+            pager.resume()
+        try:
+            assert not entered.wait(0.1)
+        finally:
+            pager.resume()
+        assert entered.wait(60)
+        thread.join()
 
     @pytest.mark.parametrize("arena", [None, Arena()])
     def test_capture_then_restore_is_bit_exact(
@@ -225,13 +288,26 @@ class PagerTests(ABC):
         assert contents(empty) == {}
 
     def test_a_failed_restore_changes_nothing(self, pager: CachePager, repo: Repository) -> None:
-        """An id is taken: no slot is lost, no sequence touched."""
+        """An id is taken, or given twice: no slot is lost, no sequence touched."""
         before, occupied = contents(pager), pager.occupied_pages()
         capture(pager, repo, branch="main")
         with pytest.raises(Conflict):
             restore(pager, repo, "main")
+        with pytest.raises(Conflict):
+            restore(pager, repo, "main", rename=lambda _: "same")
         assert contents(pager) == before
         assert pager.occupied_pages() == occupied
+
+    def test_failed_restores_leak_nothing(self, pager: CachePager, empty: CachePager, repo: Repository) -> None:
+        """However many they are, every slot that could be had before can be had after."""
+        free = room(empty)
+        capture(pager, repo, branch="main")
+        for _ in range(3):
+            with pytest.raises(Conflict):
+                restore(empty, repo, "main", rename=lambda _: "same")
+        assert room(empty) == free
+        restore(empty, repo, "main")
+        assert contents(empty) == contents(pager)
 
     def test_another_layout_is_refused(self, pager: CachePager, empty: CachePager, repo: Repository) -> None:
         """The two values side by side."""

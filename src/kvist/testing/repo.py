@@ -163,7 +163,10 @@ class RepositoryMachine(RuleBasedStateMachine):
     # -- the model -----------------------------------------------------------------------------------------------
 
     def _reachable(self) -> set[str]:
-        return set(ancestors(self.refs.values(), lambda cid: self.snapshots[cid][0].parents))
+        return self._ancestors(self.refs.values())
+
+    def _ancestors(self, tips: Iterable[str]) -> set[str]:
+        return set(ancestors(tips, lambda cid: self.snapshots[cid][0].parents if cid in self.snapshots else ()))
 
     def _live(self) -> set[str]:
         return self._pages(self._reachable())
@@ -264,10 +267,10 @@ class RepositoryMachine(RuleBasedStateMachine):
             self._interrupt(who, interrupt, lambda: gc.apply(other, gc.plan(other, min_age=0)))
         if branch is not None:
             self.touched.add((RefKind.BRANCH, branch))
-        loses_tip = tip is not None and parents is not None and tip not in parents
+        loses_tip = tip is not None and parents is not None and tip not in self._ancestors(parents)
         try:
             made = self._do(who, crash, lambda repo: self._store_and_commit(repo, numbers, parents, branch))
-        except (Conflict, NotFound, MissingPage):
+        except (Conflict, NotFound, MissingPage, DamagedPage):  # a gc may leave a damaged copy only, and find it so
             assert loses_tip or interrupt is not None or self.orphans.intersection(parents or ())
             made = None
         else:

@@ -272,7 +272,7 @@ class StoreTests(StoreRaceTests):
     def test_writer_of_every_size(self, store: Store, other: Store, size: int) -> None:
         """In uneven pieces, and invisible until commit."""
         data = content(size)
-        with store.writer("s/1", size_hint=size) as writer:
+        with store.writer("s/1") as writer:
             for start in range(0, size, MIB + 13):
                 writer.write(data[start : start + MIB + 13])
             assert other.head("s/1") is None
