@@ -6,7 +6,7 @@ import pytest
 from kvist.repo import Repository
 from kvist.store import LocalStore, MemoryStore, Store
 
-pytest.register_assert_rewrite("kvist.testing.repo")
+pytest.register_assert_rewrite("kvist.testing.repo", "kvist.testing.repo_model")
 
 
 @pytest.fixture(params=["memory", "local"])
