@@ -5,6 +5,9 @@ Two processes do them, crash, and interrupt each other; the store below rots.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
