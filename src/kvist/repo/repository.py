@@ -134,7 +134,7 @@ class Repository:
     def put_pages(self, pages: Sequence[Buffer]) -> PutPages:
         """Store page halves; see `PageStore.put`. What a running gc is about to delete is written anew."""
         condemned = lock.condemned(self.store)
-        return self.pages.put(pages, doomed=condemned.loses)
+        return self.pages.put(pages, doomed=None if condemned == lock.Condemned() else condemned.loses)
 
     def commit(
         self,
