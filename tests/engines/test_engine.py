@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
 from kvist.engines.hf import Engine, Event, SamplingParams, StepOutput
 from kvist.errors import EngineError, InvalidInput, KvistError
