@@ -3,8 +3,8 @@
     python bench/store.py [--gib 1] [--reps 3] [--directory DIR] [--json FILE]
 
 Every figure is the median of the repetitions, in GB/s (1e9 bytes). Limits and contestants take turns within a
-repetition, so that a neighbour's noise falls on all of them. A peer that is not installed is left out and named; to have
-all: pip install processfork==1.0.15 safetensors lmcache==0.5.6, in an environment of their own.
+repetition, so that a neighbour's noise falls on all of them. A peer that is not installed is left out and named; to
+have all: pip install processfork==1.0.15 safetensors lmcache==0.5.6, in an environment of their own.
 """
 
 from __future__ import annotations
