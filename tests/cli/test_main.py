@@ -117,6 +117,7 @@ def test_ctrl_c(kvist: Kvist, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ctrl_c_in_a_process(kvist: Kvist) -> None:
     code = (
         "import os, signal, kvist.repo.compare as c\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it\n"
         "from kvist.cli.main import main\n"
         "c.stats = lambda repo: os.kill(os.getpid(), signal.SIGINT)\n"
         "main(['stats'])"
