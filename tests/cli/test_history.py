@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import textwrap
 import time
@@ -181,7 +182,7 @@ def test_show_json(kvist: Kvist, graph: Graph) -> None:
     assert manifest["cid"] == graph.manifest.cid
     assert manifest["layout"]["fingerprint"] == LAYOUT.fingerprint
     assert manifest["layout"]["page_bytes"] == LAYOUT.page_bytes
-    assert manifest["sequences"] == [{"id": "s", "tokens": 7, "token_ids": 7, "pages": 2, "fill": 3}]
+    assert manifest["sequences"] == [{"id": "s", "tokens": 7, "token_ids": 7, "first_page": 0, "pages": 2, "fill": 3}]
 
 
 def test_show_without_pages(kvist: Kvist) -> None:
@@ -193,6 +194,48 @@ def test_show_without_pages(kvist: Kvist) -> None:
     out = kvist.ok("show", "main").out
     assert "model        not named, revision not named" in out
     assert "s              0      0  none" in out
+
+
+def put_parts(kvist: Kvist, pages: int, branch: str) -> None:
+    """A snapshot of one rank with two groups; the second group has lost the first page of its sequence."""
+    full = dataclasses.replace(LAYOUT, n_groups=2)
+    slides = dataclasses.replace(full, group=1, attention="sliding:6", n_layers=1, memory_order="vllm-nhd")
+    manifests = []
+    with kvist.opened() as repo:
+        for layout in (full, slides):
+            held = pages - layout.group
+            data = [n.to_bytes(4, "little") * (layout.page_bytes // 4) for n in range(2 * held)]
+            digests = repo.put_pages(data).digests
+            entries = tuple(PageEntry(ix, digests[2 * ix], digests[2 * ix + 1]) for ix in range(held))
+            seqs = (LogicalSeq("s", tuple(range(held)), 3, first_page=layout.group),)
+            manifests.append(Manifest(layout, entries, seqs))
+        repo.commit(manifests, branch=branch)
+
+
+def test_show_a_snapshot_of_two_groups(kvist: Kvist) -> None:
+    put_parts(kvist, 3, "main")
+    lines = kvist.ok("show", "main").lines
+    for line in (
+        "tokens          11",
+        f"bytes of pages  {6 * 128 + 4 * 64:,}",
+        "layout       2 layers x 1 KV heads x 8, bf16, 4 tokens a page, LNHD, rank 0 of 1, group 0 of 2",
+        "layout       1 layers x 1 KV heads x 8, bf16, 4 tokens a page, vllm-nhd, rank 0 of 1, group 1 of 2, "
+        "sliding:6 attention",
+        "pages        3 of 2 x 128 bytes",
+        "pages        2 of 2 x 64 bytes",
+        "sequence  tokens  pages  last page",
+        "s             11      3  3 of 4",
+        "sequence  tokens  first page  pages  last page",
+        "s             11           1      2  3 of 4",
+    ):
+        assert line in lines, lines
+    full, slides = kvist.ok("show", "main", "--json").json["manifests"]
+    assert (full["pages"], slides["pages"]) == (3, 2)
+    assert (slides["layout"]["attention"], slides["layout"]["group"]) == ("sliding:6", 1)
+    assert slides["sequences"][0]["first_page"] == 1
+    assert [one["tokens"] for one in kvist.ok("log", "--json").json["snapshots"]] == [11]
+    assert kvist.ok("stats", "--json").json["page_bytes"] == 6 * 128 + 4 * 64
+    assert kvist.ok("fsck", "--json").json["pages"] == 10
 
 
 # -- diff --------------------------------------------------------------------------------------------------------
@@ -214,6 +257,21 @@ def test_diff(kvist: Kvist) -> None:
         ["bytes", "768", "0", "256"],
         ["s", "12", "12", "16"],
     ]
+
+
+def test_diff_of_snapshots_of_two_groups(kvist: Kvist) -> None:
+    put_parts(kvist, 3, "a")
+    put_parts(kvist, 4, "b")
+    lines = [line.split() for line in kvist.ok("diff", "a", "b").lines]
+    for line in (
+        ["page", "halves", "10", "0", "4"],
+        ["rank", "0,", "group", "0", "6", "0", "2"],
+        ["rank", "0,", "group", "1", "4", "0", "2"],
+        ["s", "0", "11", "15"],
+    ):
+        assert line in lines, lines
+    parts = kvist.ok("diff", "a", "b", "--json").json["parts"]
+    assert [(part["group"], part["pages_only_b"]) for part in parts] == [(0, 2), (1, 2)]
 
 
 def test_diff_of_different_page_sizes_counts_each_by_its_own(kvist: Kvist) -> None:

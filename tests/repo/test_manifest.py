@@ -40,6 +40,12 @@ def ours() -> Manifest:
     )
 
 
+def sliding() -> Manifest:
+    """Of a window of 20 tokens: its sequence of 55 tokens has lost its first two pages of 16."""
+    layout = Layout(**GEOMETRY, attention="sliding:20", group=1, n_groups=2, memory_order="vllm-nhd")
+    return Manifest(layout, (PageEntry(0, A, B), PageEntry(3, B, C)), (LogicalSeq("s", (3, 0), 7, first_page=2),))
+
+
 # -- identity ------------------------------------------------------------------------------------------------------
 
 
@@ -59,6 +65,14 @@ def test_the_canonical_bytes_are_pinned() -> None:
         b'"memory_order":"LNHD","model":null,"numerics":{},"revision":null,"tp_rank":0,"tp_size":1,"version":1},'
         b'"layout":"paged-batchinvariant-v1","logical_seqs":[],"n_heads":4,"n_layers":22,"page_size_tokens":16,"pages":[]}'
     )
+
+
+def test_cids_from_before_there_were_optional_fields_still_hold() -> None:
+    assert ours().cid == "sha256:04cda2bc9511eaab121b415ccc9eb9656cc05e462e615b156ad61757b240b088"
+    assert Manifest(Layout(**GEOMETRY)).cid == "sha256:7d78a5803aca329b5be04cbe7cb043b7406f1bfc88ee896f45798425890df63b"
+    assert ours().layout.fingerprint == "sha256:5704d300a32aece6e0857b5f271acf256e298ec859b0e19bc1236afec3621a3f"
+    for name in (b"n_groups", b'"group"', b'"attention":"full"', b"first_page"):
+        assert name not in ours().encode()
 
 
 def test_reads_back_what_it_wrote() -> None:
@@ -88,6 +102,12 @@ def test_every_field_is_part_of_it() -> None:
         dataclasses.replace(base, layout=dataclasses.replace(base.layout, revision="s")),
         dataclasses.replace(base, layout=dataclasses.replace(base.layout, tp_size=2)),
         dataclasses.replace(base, layout=dataclasses.replace(base.layout, memory_order="LHND")),
+        dataclasses.replace(base, layout=dataclasses.replace(base.layout, memory_order="vllm-nhd")),
+        dataclasses.replace(base, layout=dataclasses.replace(base.layout, attention="mla")),
+        dataclasses.replace(base, layout=dataclasses.replace(base.layout, n_groups=2)),
+        dataclasses.replace(base, layout=dataclasses.replace(base.layout, n_groups=2, group=1)),
+        sliding(),
+        dataclasses.replace(sliding(), sequences=(dataclasses.replace(sliding().sequences[0], first_page=1),)),
         dataclasses.replace(base, numerics={}),
         dataclasses.replace(base, sequences=()),
         dataclasses.replace(base, pages=(*base.pages, PageEntry(9, A, A))),
@@ -269,6 +289,61 @@ def test_refuses_state_that_would_read_back_different(state: dict[Any, Any]) -> 
         Manifest(LAYOUT, numerics=state)
 
 
+def test_optional_fields_are_written_only_where_they_are_uncommon() -> None:
+    document = json.loads(sliding().encode())
+    assert {name: document["kvist"][name] for name in ("attention", "group", "n_groups")} == {
+        "attention": "sliding:20",
+        "group": 1,
+        "n_groups": 2,
+    }
+    assert document["logical_seqs"][0]["kvist"] == {"first_page": 2, "state": {}, "token_ids": []}
+    assert Manifest.decode(sliding().encode()) == sliding()
+
+
+@pytest.mark.parametrize(("name", "default"), [("attention", "full"), ("group", 0), ("n_groups", 1)])
+def test_refuses_an_optional_field_written_with_its_default(name: str, default: object) -> None:
+    document = json.loads(ours().encode())
+    document["kvist"][name] = default
+    with pytest.raises(InvalidManifest, match="canonical"):
+        Manifest.decode(canonical_json(document))
+
+
+def test_refuses_a_first_page_written_as_0() -> None:
+    document = json.loads(ours().encode())
+    document["logical_seqs"][1]["kvist"]["first_page"] = 0
+    with pytest.raises(InvalidManifest, match="canonical"):
+        Manifest.decode(canonical_json(document))
+
+
+@pytest.mark.parametrize("first_page", [-1, 2**32, True, 1.0, "1", None, [], {}])
+def test_refuses_a_first_page_that_is_no_u32(first_page: Any) -> None:
+    document = json.loads(sliding().encode())
+    document["logical_seqs"][0]["kvist"]["first_page"] = first_page
+    with pytest.raises(InvalidManifest, match="first_page must be an integer"):
+        Manifest.decode(canonical_json(document))
+
+
+@pytest.mark.parametrize("attention", ["full", "mla"])
+def test_refuses_a_first_page_where_all_pages_are_needed(attention: str) -> None:
+    made = sliding()
+    with pytest.raises(InvalidManifest, match=f"got 2 with 2 pages of {attention} attention"):
+        dataclasses.replace(made, layout=dataclasses.replace(made.layout, attention=attention))
+    with pytest.raises(InvalidManifest, match="first_page must be 0 without pages"):
+        dataclasses.replace(made, sequences=(LogicalSeq("s", (), first_page=1),))
+
+
+def test_token_ids_reach_over_the_pages_that_are_not_held() -> None:
+    made = sliding()
+    for ids, fine in ((0, True), (23, False), (54, False), (55, True), (56, True)):
+        seq = dataclasses.replace(made.sequences[0], token_ids=tuple(range(ids)))
+        if fine:
+            again = dataclasses.replace(made, sequences=(seq,))
+            assert Manifest.decode(again.encode()) == again
+        else:
+            with pytest.raises(InvalidManifest, match=f"{ids} token ids for 55 cached tokens"):
+                dataclasses.replace(made, sequences=(seq,))
+
+
 class _Int64(int):
     """As numpy's: equal to an int, and none."""
 
@@ -324,10 +399,18 @@ def test_tokens_counts_a_shared_page_once_by_the_fullest(seqs: list[LogicalSeq],
     assert manifest(halves(3), seqs=seqs).tokens == tokens
 
 
+def test_pages_before_the_first_hold_no_tokens() -> None:
+    made = sliding()
+    assert made.sequences[0].cached_tokens(16) == 55
+    assert made.tokens == 16 + 7
+
+
 def test_cached_tokens() -> None:
     assert LogicalSeq("a", ()).cached_tokens(16) == 0
     assert LogicalSeq("a", (1,)).cached_tokens(16) == 16
     assert LogicalSeq("a", (1, 2), 3).cached_tokens(16) == 19
+    assert LogicalSeq("a", (1, 2), 3, first_page=1).cached_tokens(16) == 35
+    assert LogicalSeq("a", (1,), first_page=4).cached_tokens(16) == 80
 
 
 def test_digests_come_k_then_v_in_page_order() -> None:
@@ -365,7 +448,10 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 FOREIGN: dict[str, Any] = {**FORMAT, **GEOMETRY, "pages": PAGES, "logical_seqs": SEQS}
 
 
-@given(st.data(), st.sampled_from([FOREIGN, json.loads(ours().encode())]), st.integers(1, 3), st.booleans())
+DOCUMENTS = [FOREIGN, json.loads(ours().encode()), json.loads(sliding().encode())]
+
+
+@given(st.data(), st.sampled_from(DOCUMENTS), st.integers(1, 3), st.booleans())
 def test_mutations_of_good_documents_are_refused_or_decode(
     data: st.DataObject, document: dict[str, Any], changes: int, canonical: bool
 ) -> None:
@@ -395,7 +481,7 @@ def test_mutations_of_good_documents_are_refused_or_decode(
 
 @given(st.data())
 def test_flipped_bytes_are_refused_or_decode(data: st.DataObject) -> None:
-    document = bytearray(data.draw(st.sampled_from([encode(FOREIGN), ours().encode()])))
+    document = bytearray(data.draw(st.sampled_from([encode(FOREIGN), ours().encode(), sliding().encode()])))
     for _ in range(data.draw(st.integers(1, 3))):
         document[data.draw(st.integers(0, len(document) - 1))] ^= data.draw(st.integers(1, 255))
     decodes_or_is_refused(bytes(document))
@@ -404,19 +490,30 @@ def test_flipped_bytes_are_refused_or_decode(data: st.DataObject) -> None:
 @given(
     pages=st.lists(st.tuples(st.integers(0, 2**32 - 1), st.booleans()), unique_by=lambda page: page[0], max_size=32),
     names=st.lists(st.from_regex(r"[a-z0-9][a-z0-9._+@-]{0,8}x", fullmatch=True), unique=True, max_size=4),
+    attention=st.sampled_from(["full", "mla", "sliding:1", "sliding:4096"]),
+    group=st.integers(0, 2),
+    groups_after=st.integers(0, 2),
     data=st.data(),
 )
-def test_every_valid_manifest_reads_back(pages: list[tuple[int, bool]], names: list[str], data: st.DataObject) -> None:
+def test_every_valid_manifest_reads_back(
+    pages: list[tuple[int, bool]],
+    names: list[str],
+    attention: str,
+    group: int,
+    groups_after: int,
+    data: st.DataObject,
+) -> None:
+    layout = dataclasses.replace(LAYOUT, attention=attention, group=group, n_groups=group + 1 + groups_after)
     entries = [PageEntry(ix, A, B if same else A, "ab" * 8 if same else None) for ix, same in pages]
     seqs = []
     for name in names:
         ixs = data.draw(st.lists(st.sampled_from([ix for ix, _ in pages]), unique=True)) if pages else []
         fill = data.draw(st.integers(0, 3)) if ixs else 0
-        ids = data.draw(st.just(()) | st.just(tuple(range(4 * len(ixs) + 2))))
-        seqs.append(
-            LogicalSeq(name, tuple(ixs), fill, ids, data.draw(st.just({}) | st.just({"é": [1.5, None, "\u2028"]})))
-        )
-    made = Manifest(LAYOUT, tuple(entries), tuple(seqs))
+        first_page = data.draw(st.integers(0, 9)) if ixs and layout.sliding_window else 0
+        ids = data.draw(st.just(()) | st.just(tuple(range(4 * (first_page + len(ixs)) + 2))))
+        state = data.draw(st.just({}) | st.just({"é": [1.5, None, "\u2028"]}))
+        seqs.append(LogicalSeq(name, tuple(ixs), fill, ids, state, first_page))
+    made = Manifest(layout, tuple(entries), tuple(seqs))
     assert Manifest.decode(made.encode()) == made
     assert isinstance(made.tokens, int)
     assert issubclass(InvalidManifest, InvalidInput)

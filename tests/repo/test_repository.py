@@ -507,6 +507,58 @@ def test_a_manifest_that_is_there_already_is_made_durable_again(repo: Repository
     assert ("create", [manifest_key(made.manifests[0])]) in batches
 
 
+# -- in place of what a branch named -----------------------------------------------------------------------------------
+
+
+def test_a_replaced_tip_is_no_parent_and_its_pages_go_with_the_next_gc(repo: Repository) -> None:
+    kept, lost = halves(1), halves(1, 1)
+    first = snapshot(repo, kept)
+    repo.put_pages(lost)
+    old = repo.commit([manifest([*kept, *lost])], branch="main")
+    repo.tag("first", first.cid)
+    new = repo.commit([manifest(kept)], branch="main", replace=True)
+    assert new.parents == () and repo.resolve("main") == new.cid
+    assert repo.snapshot(old.cid) == old, "until a gc takes it"
+    assert gc.apply(repo, gc.plan(repo, min_age=0)).snapshots == (old.cid,)
+    assert read_back(repo, "main") == read_back(repo, "first") == kept
+    assert all(repo.pages.size(digest(half)) is None for half in lost)
+    assert fsck.check(repo).is_clean
+
+
+def test_replacing_takes_given_parents_and_makes_a_branch_that_is_not_there(repo: Repository) -> None:
+    made = snapshot(repo, halves(1), "a", replace=True)
+    assert made.parents == () and repo.resolve("a") == made.cid
+    other = snapshot(repo, halves(1, 1), "b")
+    assert snapshot(repo, halves(1, 2), "b", replace=True, parents=[made.cid]).parents == (made.cid,)
+    assert other.cid not in {each.cid for each in repo.log("b")}
+    repo.delete_ref(RefKind.BRANCH, "a")
+    assert snapshot(repo, halves(1, 3), "a", replace=True).parents == ()
+    assert snapshot(repo, halves(1, 4), None, replace=True).parents == ()
+
+
+@pytest.mark.parametrize("had_tip", [True, False])
+def test_a_branch_that_moves_while_it_is_replaced_is_a_conflict(repo: Repository, had_tip: bool) -> None:
+    if had_tip:
+        snapshot(repo, halves(1))
+    slow = during(repo, lambda: snapshot(repo, halves(1, 1)), at=4)
+    with pytest.raises(Conflict):
+        snapshot(slow, halves(1, 2), replace=True)
+    assert read_back(repo, "main") == halves(1, 1)
+    snapshot(slow, halves(1, 2), replace=True)
+    assert read_back(repo, "main") == halves(1, 2) and len(repo.log("main")) == 1
+    slow.pages.close()
+
+
+def test_a_tip_that_was_never_finished_can_be_replaced(repo: Repository) -> None:
+    tip = snapshot(repo, halves(1))
+    repo.store.delete([snapshot_key(tip.cid), manifest_key(tip.manifests[0])])
+    repo.objects.forget()
+    with pytest.raises(NotFound):
+        snapshot(repo, halves(1, 1))
+    made = snapshot(repo, halves(1, 1), replace=True)
+    assert repo.resolve("main") == made.cid and fsck.check(repo).is_clean
+
+
 # -- crashes -------------------------------------------------------------------------------------------------------
 
 

@@ -82,8 +82,8 @@ def _chips(refs: Sequence[Ref]) -> Iterator[str | Styled]:
 def show(run: Invocation, rev: str) -> None:
     """Describe one snapshot.
 
-    Its names and parents; and of each manifest the layout, and the sequences with their tokens, pages and how full the
-    last page is.
+    Its names and parents; and of each manifest (one a tensor-parallel rank and group of layers) the layout, and the
+    sequences with their tokens, pages and how full the last page is.
     """
     with run.open() as repo:
         snapshot = repo.snapshot(rev)
@@ -91,7 +91,7 @@ def show(run: Invocation, rev: str) -> None:
         refs = _refs(repo).get(snapshot.cid, [])
     document = _to_json(snapshot, refs) | {
         "nonce": snapshot.nonce,
-        "page_bytes": sum(_page_bytes(manifest) for manifest in manifests),
+        "page_bytes": sum({name: m.layout.page_bytes for m in manifests for name in m.digests}.values()),
         "manifests": [_manifest_to_json(manifest) for manifest in manifests],
     }
     run.out.result(document, ids=[snapshot.cid], text=_describe(document))
@@ -120,7 +120,7 @@ def _describe(document: dict[str, Any]) -> Iterator[Line | Table]:
                     "layout",
                     f"{layout['n_layers']} layers x {layout['n_heads']} KV heads x {layout['head_dim']}, "
                     f"{layout['dtype']}, {layout['page_size_tokens']} tokens a page, {layout['memory_order']}, "
-                    f"rank {layout['tp_rank']} of {layout['tp_size']}",
+                    f"rank {layout['tp_rank']} of {layout['tp_size']}{_uncommon(layout)}",
                 ),
                 ("fingerprint", layout["fingerprint"]),
                 ("pages", f"{manifest['pages']:,} of 2 x {layout['page_bytes']:,} bytes"),
@@ -128,13 +128,21 @@ def _describe(document: dict[str, Any]) -> Iterator[Line | Table]:
         )
         if manifest["sequences"]:
             yield ""
-            yield Table(
-                ("sequence", "tokens", "pages", "last page"),
-                [
-                    (seq["id"], seq["tokens"], seq["pages"], _fill(seq["pages"], seq["fill"], layout))
-                    for seq in manifest["sequences"]
-                ],
-            )
+            yield _sequence_table(manifest["sequences"], layout)
+
+
+def _uncommon(layout: dict[str, Any]) -> str:
+    group = f", group {layout['group']} of {layout['n_groups']}" if layout["n_groups"] > 1 else ""
+    return group + (f", {layout['attention']} attention" if layout["attention"] != "full" else "")
+
+
+def _sequence_table(sequences: Sequence[dict[str, Any]], layout: dict[str, Any]) -> Table:
+    """The first page is told only where some sequence has lost pages before it."""
+    rows = [(seq["id"], seq["tokens"], seq["pages"], _fill(seq["pages"], seq["fill"], layout)) for seq in sequences]
+    if not any(seq["first_page"] for seq in sequences):
+        return Table(("sequence", "tokens", "pages", "last page"), rows)
+    wider = [(*row[:2], seq["first_page"], *row[2:]) for row, seq in zip(rows, sequences, strict=True)]
+    return Table(("sequence", "tokens", "first page", "pages", "last page"), wider)
 
 
 def _fill(pages: int, fill: int, layout: dict[str, Any]) -> str:
@@ -164,7 +172,11 @@ def diff(run: Invocation, a: str, b: str) -> None:
         yield ""
         pages = ("page halves", found.pages_shared, found.pages_only_a, found.pages_only_b)
         size = ("bytes", found.bytes_shared, found.bytes_only_a, found.bytes_only_b)
-        yield Table(("", "shared", "only in a", "only in b"), [pages, size])
+        parts = [
+            (f"rank {part.tp_rank}, group {part.group}", part.pages_shared, part.pages_only_a, part.pages_only_b)
+            for part in found.parts
+        ]
+        yield Table(("", "shared", "only in a", "only in b"), [pages, size, *(parts if len(parts) > 1 else [])])
         if found.sequences:
             yield ""
             rows = [(seq.id, seq.tokens_shared, seq.tokens_a, seq.tokens_b) for seq in found.sequences]
@@ -212,6 +224,7 @@ def _manifest_to_json(manifest: Manifest) -> dict[str, Any]:
                 "id": seq.id,
                 "tokens": seq.cached_tokens(layout.page_size_tokens),
                 "token_ids": len(seq.token_ids),
+                "first_page": seq.first_page,
                 "pages": len(seq.page_ixs),
                 "fill": seq.fill_in_last_page,
             }

@@ -26,7 +26,7 @@ class PageBytes:
 
 
 class CachePager(ABC):
-    """The paged KV cache of one engine (one tensor-parallel rank of it).
+    """The paged KV cache of one engine (one group of layers of one tensor-parallel rank of it).
 
     The nine abstract methods are the whole contract. The others have a correct slow body; an engine overrides them
     for speed, to deduplicate by block hash, and to free what an aborted restore allocated.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from kvist.errors import LayoutMismatch, NotFound
+from kvist.errors import NotFound
 from kvist.layout import Layout
 from kvist.pager.arena import Arena
 from kvist.pager.base import CachePager
@@ -59,7 +59,8 @@ def restore(
     runs; it is paused to look up the former and to write the latter.
 
     Args:
-        pager: the engine; its layout must equal the snapshot's.
+        pager: the engine, or one group of one rank of it; its layout must equal that of one of the snapshot's
+            manifests, which is then the one that is restored.
         repo: where from.
         rev: see `Repository.resolve`.
         sequences: ids to restore; ``None``: all, and the pages that were kept only as prefix cache.
@@ -114,14 +115,17 @@ def restore(
 
 
 def _manifest_for(repo: Repository, cid: str, layout: Layout) -> Manifest:
-    """The manifest of the engine's rank, refused unless its layout is the engine's."""
+    """The manifest of the engine's rank and group, refused unless its layout is the engine's."""
     manifests = [repo.manifest(name) for name in repo.snapshot(cid).manifests]
     for manifest in manifests:
         if manifest.layout == layout:
             return manifest
-    same_rank = [manifest for manifest in manifests if manifest.layout.tp_rank == layout.tp_rank]
-    layout.require((same_rank or manifests)[0].layout, of=f"snapshot {cid}", into="the engine")
-    raise LayoutMismatch(f"snapshot {cid} has no manifest for rank {layout.tp_rank} of {layout.tp_size}")
+    nearest = max(
+        (manifest.layout for manifest in manifests),
+        key=lambda other: (other.tp_rank == layout.tp_rank, other.group == layout.group),
+    )
+    layout.require(nearest, of=f"snapshot {cid}", into="the engine")
+    raise AssertionError("a layout that is not equal differs in a field")
 
 
 def _choose(manifest: Manifest, cid: str, wanted: Collection[str] | None) -> list[LogicalSeq]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvist.repo.manifest import LogicalSeq, Manifest
+from kvist.repo.manifest import Manifest
 from kvist.repo.repository import Repository
 
 
@@ -16,7 +16,7 @@ class SequenceDiff:
 
     Attributes:
         id: of the sequence.
-        tokens_a, tokens_b: length on each side, in tokens (known ids, or else cached tokens).
+        tokens_a, tokens_b: length on each side, in tokens (known ids, or else the most cached tokens of a manifest).
         tokens_shared: length of the common prefix of their token ids.
     """
 
@@ -24,6 +24,22 @@ class SequenceDiff:
     tokens_a: int
     tokens_b: int
     tokens_shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartDiff:
+    """One group of one rank in two snapshots; a side that lacks it holds no pages of it.
+
+    Attributes:
+        tp_rank, group: which part.
+        pages_shared, pages_only_a, pages_only_b: page halves, counted once a side.
+    """
+
+    tp_rank: int
+    group: int
+    pages_shared: int
+    pages_only_a: int
+    pages_only_b: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +51,7 @@ class Diff:
         same_layout: whether pages of one fit the engine of the other.
         pages_shared, pages_only_a, pages_only_b: page halves.
         bytes_shared, bytes_only_a, bytes_only_b: their bytes.
+        parts: the same pages by rank and group, in this order; a page that several parts name is counted in each.
         sequences: by id.
     """
 
@@ -47,6 +64,7 @@ class Diff:
     bytes_shared: int
     bytes_only_a: int
     bytes_only_b: int
+    parts: tuple[PartDiff, ...]
     sequences: tuple[SequenceDiff, ...]
 
     @property
@@ -77,26 +95,39 @@ def diff(repo: Repository, a: str, b: str) -> Diff:
         bytes_shared=sum(sizes_a[digest] for digest in shared),
         bytes_only_a=sum(sizes_a[digest] for digest in only_a),
         bytes_only_b=sum(sizes_b[digest] for digest in only_b),
-        sequences=tuple(_sequences(manifests_a[0], manifests_b[0])),
+        parts=tuple(_parts(manifests_a, manifests_b)),
+        sequences=tuple(_sequences(manifests_a, manifests_b)),
     )
 
 
-def _sequences(a: Manifest, b: Manifest) -> Iterable[SequenceDiff]:
-    by_id_a, by_id_b = {seq.id: seq for seq in a.sequences}, {seq.id: seq for seq in b.sequences}
-    none = LogicalSeq("none", ())
-    for name in sorted(by_id_a.keys() | by_id_b.keys()):
-        left, right = by_id_a.get(name, none), by_id_b.get(name, none)
+def _parts(a: Sequence[Manifest], b: Sequence[Manifest]) -> Iterable[PartDiff]:
+    sides = [{(m.layout.tp_rank, m.layout.group): set(m.digests) for m in manifests} for manifests in (a, b)]
+    for part in sorted(sides[0].keys() | sides[1].keys()):
+        left, right = (side.get(part, set()) for side in sides)
+        yield PartDiff(*part, len(left & right), len(left - right), len(right - left))
+
+
+def _sequences(a: Sequence[Manifest], b: Sequence[Manifest]) -> Iterable[SequenceDiff]:
+    left, right = _lengths(a), _lengths(b)
+    none: tuple[tuple[int, ...], int] = (), 0
+    for name in sorted(left.keys() | right.keys()):
+        (ids_a, cached_a), (ids_b, cached_b) = left.get(name, none), right.get(name, none)
         common = 0
-        for x, y in zip(left.token_ids, right.token_ids, strict=False):
+        for x, y in zip(ids_a, ids_b, strict=False):
             if x != y:
                 break
             common += 1
-        yield SequenceDiff(
-            name,
-            len(left.token_ids) or left.cached_tokens(a.layout.page_size_tokens),
-            len(right.token_ids) or right.cached_tokens(b.layout.page_size_tokens),
-            common,
-        )
+        yield SequenceDiff(name, len(ids_a) or cached_a, len(ids_b) or cached_b, common)
+
+
+def _lengths(manifests: Sequence[Manifest]) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Token ids of each sequence, and its most cached tokens, over all parts."""
+    found: dict[str, tuple[tuple[int, ...], int]] = {}
+    for manifest in manifests:
+        for seq in manifest.sequences:
+            ids, cached = found.get(seq.id, ((), 0))
+            found[seq.id] = ids or seq.token_ids, max(cached, seq.cached_tokens(manifest.layout.page_size_tokens))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +138,7 @@ class Stats:
         branches, tags, snapshots, manifests: how many; snapshots that no ref reaches are counted too.
         unreachable_snapshots: of those.
         tokens: over all reachable snapshots.
-        logical_bytes: pages of all reachable snapshots, as if each had its own.
+        logical_bytes: pages of all reachable snapshots, of every rank and group, as if each had its own.
         page_bytes: distinct pages of all reachable snapshots.
         stored_bytes: everything in the store.
         segments: how many.

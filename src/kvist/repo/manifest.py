@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn, Self
 from kvist.errors import InvalidInput, InvalidManifest
 from kvist.hashing import sha256_cid
 from kvist.ids import check_name, parse_digest
-from kvist.layout import Layout
+from kvist.layout import OPTIONAL, Layout
 
 FORMAT: Final = "paged-batchinvariant-v1"
 _GEOMETRY: Final = ("page_size_tokens", "n_layers", "n_heads", "head_dim", "dtype")
@@ -41,6 +41,8 @@ class LogicalSeq:
             cached tokens: ids that are sampled but not yet computed come last.
         state: what else the engine needs to go on (sampling parameters, generator state, prompt length), a
             JSON-serialisable mapping that only the engine interprets.
+        first_page: pages before this one are not held, having left the sliding window; ``page_ixs`` starts with it.
+            Not 0 only under a layout of sliding attention, and in a sequence with pages.
     """
 
     id: str
@@ -48,12 +50,17 @@ class LogicalSeq:
     fill_in_last_page: int = 0
     token_ids: tuple[int, ...] = ()
     state: dict[str, Any] = field(default_factory=dict)
+    first_page: int = 0
 
     def cached_tokens(self, page_size_tokens: int) -> int:
-        """Tokens whose KV the pages hold."""
+        """Tokens after which the engine goes on without computing any anew.
+
+        Those in pages before `first_page` count too: it needs their KV no more.
+        """
         if not self.page_ixs:
             return 0
-        return (len(self.page_ixs) - 1) * page_size_tokens + (self.fill_in_last_page or page_size_tokens)
+        whole = self.first_page + len(self.page_ixs) - 1
+        return whole * page_size_tokens + (self.fill_in_last_page or page_size_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +94,8 @@ class Manifest:
         numerics: what besides the layout decided the bits; compared, never interpreted.
 
     Raises:
-        InvalidManifest: duplicate or dangling indices, a bad fill, fewer token ids than cached tokens, bad digests,
-            state or numerics that are not what reading their JSON gives back.
+        InvalidManifest: duplicate or dangling indices, a bad fill or first page, fewer token ids than cached tokens,
+            bad digests, state or numerics that are not what reading their JSON gives back.
     """
 
     layout: Layout
@@ -107,7 +114,7 @@ class Manifest:
             if pages and not self.layout.page_bytes:
                 raise InvalidManifest(f"manifest: {len(pages)} pages under a layout whose pages hold no bytes")
             _check_pages(pages)
-            _check_sequences(sequences, {page.ix for page in pages}, self.layout.page_size_tokens)
+            _check_sequences(sequences, {page.ix for page in pages}, self.layout)
             _check_json(self.numerics, "numerics")
         except InvalidManifest:
             raise
@@ -144,6 +151,7 @@ class Manifest:
                 "kvist": {
                     "version": 1,
                     **{name: getattr(self.layout, name) for name in _IDENTITY},
+                    **self.layout.uncommon,
                     "fingerprint": self.layout.fingerprint,
                     "numerics": dict(self.numerics),
                 },
@@ -235,8 +243,8 @@ def _check_pages(pages: tuple[PageEntry, ...]) -> None:
             raise InvalidManifest(f"manifest: page {page.ix} has block hash {page.block!r:.80}, not lower-case hex")
 
 
-def _check_sequences(sequences: tuple[LogicalSeq, ...], ixs: set[int], size: int) -> None:
-    previous = None
+def _check_sequences(sequences: tuple[LogicalSeq, ...], ixs: set[int], layout: Layout) -> None:
+    size, previous = layout.page_size_tokens, None
     for seq in sequences:
         where = f"manifest: sequence {seq.id!r:.80}"
         if seq.id == previous:
@@ -254,6 +262,12 @@ def _check_sequences(sequences: tuple[LogicalSeq, ...], ixs: set[int], size: int
         if fill >= size or (fill and not seq.page_ixs):
             raise InvalidManifest(
                 f"{where}: fill_in_last_page must be below {size} (0: full) and 0 without pages, got {fill}"
+            )
+        first = _u32(seq.first_page, f"{where}: first_page")
+        if first and not (seq.page_ixs and layout.sliding_window):
+            raise InvalidManifest(
+                f"{where}: first_page must be 0 without pages, and unless attention is sliding, got {first} "
+                f"with {len(seq.page_ixs)} pages of {layout.attention} attention"
             )
         what = f"{where}: token id"
         for token in seq.token_ids:
@@ -305,11 +319,11 @@ def _read_document(document: dict[str, Any]) -> dict[str, Any]:
             raise InvalidManifest(
                 f"manifest: expected kvist version 1, got {ours.get('version')!r}; a newer kvist wrote it"
             )
-        _keys(ours, {"version", "fingerprint", "numerics", *_IDENTITY}, set(), "kvist")
+        _keys(ours, {"version", "fingerprint", "numerics", *_IDENTITY}, set(OPTIONAL), "kvist")
     _keys(document, required, set() if is_ours else _FOREIGN_EXTRAS | {"logical_seqs"}, "the document")
     if not isinstance(document["dtype"], str):
         raise InvalidManifest(f"manifest: dtype must be text, got {document['dtype']!r:.80}")
-    identity = {name: ours[name] for name in _IDENTITY} if is_ours else {}
+    identity = {name: ours[name] for name in (*_IDENTITY, *OPTIONAL) if name in ours}
     layout = Layout(**{name: document[name] for name in _GEOMETRY}, **identity)
     if is_ours and ours["fingerprint"] != layout.fingerprint:
         raise InvalidManifest(
@@ -343,8 +357,9 @@ def _write_sequence(seq: LogicalSeq) -> dict[str, Any]:
         "page_ixs": seq.page_ixs,
         "fill_in_last_page": seq.fill_in_last_page,
     }
-    if seq.token_ids or seq.state:
-        written["kvist"] = {"token_ids": seq.token_ids, "state": seq.state}
+    if seq.token_ids or seq.state or seq.first_page:
+        first_page = {"first_page": seq.first_page} if seq.first_page else {}
+        written["kvist"] = {"token_ids": seq.token_ids, "state": seq.state, **first_page}
     return written
 
 
@@ -352,13 +367,14 @@ def _read_sequence(value: Any) -> LogicalSeq:
     seq = _object(value, "a sequence")
     _keys(seq, {"id", "page_ixs", "fill_in_last_page"}, {"kvist"}, "a sequence")
     ours = _object(seq.get("kvist", {"token_ids": [], "state": {}}), "a sequence's kvist")
-    _keys(ours, {"token_ids", "state"}, set(), "a sequence's kvist")
+    _keys(ours, {"token_ids", "state"}, {"first_page"}, "a sequence's kvist")
     return LogicalSeq(
         seq["id"],
         tuple(_u32(ix, "page_ixs") for ix in _list(seq["page_ixs"], "page_ixs")),
         seq["fill_in_last_page"],
         tuple(_list(ours["token_ids"], "token_ids")),
         _object(ours["state"], "state"),
+        ours.get("first_page", 0),
     )
 
 

@@ -31,7 +31,7 @@ from kvist.repo.manifest import Manifest, canonical_json, parse_json
 from kvist.repo.objects import Objects, snapshot_key
 from kvist.repo.pages import PageStore, PutPages
 from kvist.repo.refs import Ref, RefKind, Refs
-from kvist.repo.snapshot import Snapshot
+from kvist.repo.snapshot import Snapshot, check_parts
 from kvist.repo.wholeness import Wholeness
 from kvist.store import Store, open_store
 
@@ -144,27 +144,32 @@ class Repository:
         name: str | None = None,
         message: str = "",
         branch: str | None = None,
+        replace: bool = False,
     ) -> Snapshot:
         """Record a snapshot of pages that are stored, and move a branch to it.
 
         Args:
-            manifests: one a tensor-parallel rank, ascending.
-            parents: cids of the snapshots it continues; ``None``: the branch's tip, if it has one.
+            manifests: one for each group of each tensor-parallel rank, ascending by rank, then by group.
+            parents: cids of the snapshots it continues; ``None``: the branch's tip, if it has one and is not replaced.
             name: what its maker calls it.
             message: free text.
             branch: moved to the snapshot by compare-and-swap, or made; ``None``: no ref reaches the snapshot, and a
                 gc keeps it only while it is young.
+            replace: the branch may move also to what does not descend from its tip: for a cache that is rewritten
+                and keeps no history. What only the old tip reached is then garbage for the next gc.
 
         Raises:
+            InvalidInput: no manifests, or not in their order; see `kvist.repo.snapshot.check_parts`.
             MissingPage, DamagedPage: a manifest names a page that is not stored, or only damaged.
             NotFound: an unknown parent, or one that was never finished.
-            Conflict: the branch names what is no ancestor of the snapshot, or was moved or made meanwhile, or a gc took
-                what the snapshot needs; retry.
+            Conflict: the branch names what is no ancestor of the snapshot (unless ``replace``), or was moved or made
+                meanwhile, or a gc took what the snapshot needs; retry.
         """
+        check_parts(manifests)
         tip = self.refs.read(RefKind.BRANCH, branch) if branch is not None else None
         if parents is None:
-            parents = [tip.cid] if tip is not None and tip.cid is not None else []
-        if tip is not None and tip.cid not in parents and tip.cid not in self.reachable(parents):
+            parents = [tip.cid] if tip is not None and tip.cid is not None and not replace else []
+        if not replace and tip is not None and tip.cid not in parents and tip.cid not in self.reachable(parents):
             raise Conflict(
                 f"branch {branch} names {tip.cid}, which the new snapshot does not continue; moving it would lose that",
                 hint="choose another branch, or give that snapshot as a parent",

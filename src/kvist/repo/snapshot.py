@@ -6,14 +6,16 @@ Knows one small JSON document. Must not know pages or storage.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
 from kvist.errors import InvalidInput, InvalidManifest
 from kvist.hashing import sha256_cid
 from kvist.ids import parse_cid
-from kvist.repo.manifest import canonical_json, parse_json
+from kvist.repo.manifest import Manifest, canonical_json, parse_json
 
 _KIND: Final = "kvist-snapshot"
 _KEYS: Final = frozenset(
@@ -29,9 +31,11 @@ class Snapshot:
     """One snapshot.
 
     Attributes:
-        manifests: cids of its manifests, one a tensor-parallel rank, ascending by rank.
+        manifests: cids of its manifests, one for each group of layers of each tensor-parallel rank, ascending by
+            rank, then by group.
         parents: cids of the snapshots it continues; the first is the main line.
-        tokens: tokens whose KV it holds (of one rank).
+        tokens: tokens whose KV it holds: of the manifest that holds most, since each rank and group holds its part of
+            the same tokens.
         name: what its maker called it, or ``None``. Not a ref: names are not unique.
         message: free text.
         created_ns: nanoseconds since the epoch, by its maker's clock.
@@ -111,3 +115,22 @@ class Snapshot:
     def cid(self) -> str:
         """``sha256:`` of the canonical bytes; the name by which it is checked out."""
         return sha256_cid(self.encode())
+
+
+def check_parts(manifests: Sequence[Manifest]) -> None:
+    """Refuse manifests that are not the parts of one cache in their order. Some of the parts may be missing.
+
+    Raises:
+        InvalidInput: not ascending by rank, then by group; two of one rank and group; or they disagree on how many
+            ranks or groups there are.
+    """
+    layouts = [manifest.layout for manifest in manifests]
+    places = [(layout.tp_rank, layout.group) for layout in layouts]
+    if any(left >= right for left, right in itertools.pairwise(places)):
+        raise InvalidInput(
+            f"the manifests of a snapshot must ascend by rank, then by group, each pair once; got {places!r:.200}"
+        )
+    for name in ("tp_size", "n_groups"):
+        values = sorted({getattr(layout, name) for layout in layouts})
+        if len(values) > 1:
+            raise InvalidInput(f"the manifests of a snapshot must agree on {name}, got {values}")

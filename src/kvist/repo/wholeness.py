@@ -59,9 +59,12 @@ class Wholeness:
             manifests: what is checked.
             or_damaged: whether a page of which only damaged copies are stored will do.
         """
-        sizes = {digest: manifest.layout.page_bytes for manifest in manifests for digest in manifest.digests}
+        # by digest and size: two groups may name one page, and only one of them by its real size
+        named = dict.fromkeys(
+            (digest, manifest.layout.page_bytes) for manifest in manifests for digest in manifest.digests
+        )
         self._pages.refresh()  # another process may have put them, or found them damaged
-        for digest, size in sizes.items():
+        for digest, size in named:
             found = self._pages.size(digest)
             if found is None:
                 error = self._pages.absent(digest)

@@ -47,6 +47,7 @@ class RepositoryMachine(RepositoryModel):
         branch=st.none() | _branches,
         explicit=st.none() | st.lists(_pick, max_size=2),
         on_tip=st.booleans(),
+        replace=st.booleans(),
         crash=_crash,
         interrupt=_interrupt,
     )
@@ -57,10 +58,11 @@ class RepositoryMachine(RepositoryModel):
         branch: str | None,
         explicit: list[int] | None,
         on_tip: bool,
+        replace: bool,
         crash: tuple[int, bool] | None,
         interrupt: int | None,
     ) -> None:
-        """Commit, on a branch or detached, with given parents or the tip; perhaps a gc comes in between."""
+        """Commit, on a branch, in place of one, or detached, with given parents or the tip; perhaps a gc comes too."""
         parents = None
         tip = self.refs.get((RefKind.BRANCH, branch)) if branch is not None else None
         if explicit is not None:
@@ -71,16 +73,16 @@ class RepositoryMachine(RepositoryModel):
             self._interrupt(who, interrupt, lambda: gc.apply(other, gc.plan(other, min_age=0)))
         if branch is not None:
             self.touched.add((RefKind.BRANCH, branch))
-        loses_tip = tip is not None and parents is not None and tip not in self._ancestors(parents)
+        loses_tip = not replace and tip is not None and parents is not None and tip not in self._ancestors(parents)
         try:
-            made = self._do(who, crash, lambda repo: self._store_and_commit(repo, numbers, parents, branch))
+            made = self._do(who, crash, lambda repo: self._store_and_commit(repo, numbers, parents, branch, replace))
         except (Conflict, NotFound, MissingPage, DamagedPage):  # a gc may leave a damaged copy only, and find it so
             assert loses_tip or interrupt is not None or self.orphans.intersection(parents or ())
             made = None
         else:
             assert not loses_tip or made is None
         if made is not None:
-            expected = parents if parents is not None else [tip] if tip is not None else []
+            expected = parents if parents is not None else [tip] if tip is not None and not replace else []
             assert list(made.parents) == expected
             self.snapshots[made.cid] = made, tuple(numbers)
             if branch is not None:

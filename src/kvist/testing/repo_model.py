@@ -209,14 +209,19 @@ class RepositoryModel(RuleBasedStateMachine):
         repo.pages.close()
 
     def _store_and_commit(
-        self, repo: Repository, numbers: Sequence[int], parents: Sequence[str] | None, branch: str | None
+        self,
+        repo: Repository,
+        numbers: Sequence[int],
+        parents: Sequence[str] | None,
+        branch: str | None,
+        replace: bool = False,
     ) -> Snapshot:
         manifest = manifest_of(numbers)
         self.numbers[manifest.cid] = tuple(numbers)
         put = repo.put_pages([content(number) for number in numbers])
         assert put.digests == [name_of(number) for number in numbers]
         self.hurt -= set(put.digests)
-        return repo.commit([manifest], parents=parents, branch=branch)
+        return repo.commit([manifest], parents=parents, branch=branch, replace=replace)
 
     def _read(self, repo: Repository, digest: str) -> None:
         number = next(number for number in range(10) if name_of(number) == digest)

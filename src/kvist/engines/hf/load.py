@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from blake3 import blake3
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from kvist.errors import InvalidInput, KvistError, NotFound, UnsupportedModel
-from kvist.ids import format_digest
 
 _DTYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
@@ -201,12 +199,3 @@ def probe(model: Any) -> Geometry:
     if dtype not in _NAMES:
         raise UnsupportedModel(f"{kind}: keys and values are {dtype}, expected one of {', '.join(_DTYPES)}")
     return Geometry(layers=len(shapes), heads=heads, head_dim=head_dim, dtype=_NAMES[dtype])
-
-
-def revision(directory: Path) -> str:
-    """What pins the weights: ``blake3:`` over the names and digests of ``config.json`` and the safetensors files."""
-    whole = blake3(b"kvist model revision v1\0")
-    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
-        digest = blake3(max_threads=blake3.AUTO).update_mmap(path).digest()
-        whole.update(path.name.encode() + b"\0" + digest)
-    return format_digest("blake3", whole.digest())

@@ -25,7 +25,8 @@ import transformers
 from torch.nn.functional import cosine_similarity
 
 from kvist.engines.hf.cache import PagedCache
-from kvist.engines.hf.load import max_positions, open_model, probe, revision
+from kvist.engines.hf.load import max_positions, open_model, probe
+from kvist.engines.revision import revision
 from kvist.engines.hf.pool import PagePool
 from kvist.engines.hf.sampling import Row
 from kvist.errors import UnsupportedModel

@@ -1,0 +1,371 @@
+"""All that reaches into vLLM beyond its connector interface, in one place.
+
+Run on vllm 0.28, 0.30 and 0.32 (the CPU builds); other minor versions in between are accepted, anything outside is
+refused, and so is every configuration that was never run. To move to a new version: read this file, run `make
+test-vllm`, and widen `VERSIONS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import vllm
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.request import RequestStatus
+
+from kvist.engines.revision import revision
+from kvist.errors import EngineError, UnsupportedModel
+from kvist.layout import Layout
+
+VERSIONS: Final = ((0, 28), (0, 33))
+"""First minor version, and the first after the last."""
+GROUPS_FROM: Final = (0, 30)
+"""From here on a load of several KV cache groups can be reported as failed."""
+
+_DTYPES: Final = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+_SPECS: Final = (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec)
+
+
+def release() -> str:
+    """The vLLM that runs, without its build."""
+    return str(vllm.__version__).split("+")[0]
+
+
+def version() -> tuple[int, int]:
+    """Its minor version."""
+    major, minor = release().split(".")[:2]
+    return int(major), int(minor)
+
+
+def check(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Refuse what was never run, by name.
+
+    Raises:
+        EngineError: a version outside `VERSIONS`.
+        UnsupportedModel: a model or a configuration.
+    """
+    first, end = VERSIONS
+    if not first <= version() < end:
+        raise EngineError(
+            f"kvist runs on vllm from {first[0]}.{first[1]} to before {end[0]}.{end[1]}; this is {release()}"
+        )
+    parallel = vllm_config.parallel_config
+    refused = {
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "LoRA": vllm_config.lora_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "pooling models": vllm_config.model_config.runner_type == "pooling",
+        "encoder-decoder models": vllm_config.model_config.is_encoder_decoder,
+        f"several KV cache groups before vllm {GROUPS_FROM[0]}.{GROUPS_FROM[1]}": (
+            len(kv_cache_config.kv_cache_groups) > 1 and version() < GROUPS_FROM
+        ),
+    }
+    for name, is_so in refused.items():
+        if is_so:
+            raise UnsupportedModel(f"kvist does not support {name} in vLLM: it was never run")
+    sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
+    if len(sizes) > 1:
+        raise UnsupportedModel(f"expected one block size for all KV cache groups, got {sorted(sizes)}")
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        if type(spec) not in _SPECS:
+            names = ", ".join(kind.__name__ for kind in _SPECS)
+            raise UnsupportedModel(f"KV cache group {number} is {type(spec).__name__}, expected one of {names}")
+        if spec.dtype not in _DTYPES:
+            names = ", ".join(map(str, _DTYPES))
+            raise UnsupportedModel(f"KV cache group {number} holds {spec.dtype}, expected one of {names}")
+
+
+def layouts(vllm_config: Any, kv_cache_config: Any, rank: int) -> list[Layout]:
+    """The layout of each KV cache group in one tensor-parallel rank."""
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    path = Path(vllm_config.model_config.model)
+    pinned = extra.get("revision") or (revision(path) if path.is_dir() else vllm_config.model_config.revision)
+    if pinned is None:
+        raise UnsupportedModel(f"nothing pins the weights of {path}: give `--revision`, or `revision` to the connector")
+    groups = kv_cache_config.kv_cache_groups
+    found = []
+    for number, group in enumerate(groups):
+        spec = group.kv_cache_spec
+        is_mla = isinstance(spec, MLAAttentionSpec)
+        width = spec.head_size if is_mla else spec.head_size + (getattr(spec, "head_size_v", None) or spec.head_size)
+        window = getattr(spec, "sliding_window", None)
+        found.append(
+            Layout(
+                page_size_tokens=spec.block_size,
+                n_layers=len(group.layer_names),
+                n_heads=spec.num_kv_heads,
+                head_dim=width // 2,
+                dtype=_DTYPES[spec.dtype],
+                model=extra.get("model") or path.name,
+                revision=pinned,
+                memory_order=_memory_order(spec),
+                tp_rank=rank,
+                tp_size=vllm_config.parallel_config.tensor_parallel_size,
+                attention="mla" if is_mla else "full" if window is None else f"sliding:{window}",
+                group=number,
+                n_groups=len(groups),
+            )
+        )
+    return found
+
+
+def _memory_order(spec: Any) -> str:
+    isa = attention_isa(spec)
+    return "LHND" if isa is None else f"vllm-cpu-{isa}"
+
+
+def attention_isa(spec: Any) -> str | None:
+    """How the CPU kernels pack a block, or ``None``: token by token, as everywhere else (and for MLA on the CPU)."""
+    if not vllm.platforms.current_platform.is_cpu() or isinstance(spec, MLAAttentionSpec):
+        return None
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    return str(_get_attn_isa(spec.dtype, spec.block_size, spec.head_size))
+
+
+def halves(cache: torch.Tensor, layout: Layout, blocks: int) -> torch.Tensor:
+    """A layer's cache as ``[blocks, 2, heads, tokens * head_dim or tokens, head_dim]``, a view: K and V apart.
+
+    Args:
+        cache: as vLLM registers it: ``[blocks, heads, tokens, width]``, or ``[blocks, tokens, width]`` for MLA.
+        layout: of its group.
+        blocks: how many the scheduler counts.
+
+    Raises:
+        UnsupportedModel: any other shape.
+    """
+    view = cache.unsqueeze(1) if cache.dim() == 3 else cache
+    tokens, heads, dim = layout.page_size_tokens, layout.n_heads, layout.head_dim
+    if view.dim() != 4 or tuple(view.shape) != (blocks, heads, tokens, 2 * dim):
+        raise UnsupportedModel(
+            f"a layer's cache has shape {tuple(cache.shape)}, expected {(blocks, heads, tokens, 2 * dim)}"
+        )
+    if layout.memory_order.startswith("vllm-cpu"):  # all of K, transposed, then all of V, head by head
+        return view.view(blocks, heads, 2, tokens * dim).transpose(1, 2)
+    return view.view(blocks, heads, tokens, 2, dim).permute(0, 3, 1, 2, 4)
+
+
+def numerics(vllm_config: Any, kv_cache_config: Any) -> dict[str, Any]:
+    """What besides the layout decides the bits that this worker computes."""
+    from vllm import envs
+
+    config = vllm_config.model_config
+    mode = vllm_config.compilation_config.mode
+    device = vllm.platforms.current_platform
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
+    return {
+        "engine": "vllm",
+        "vllm": release(),
+        "torch": torch.__version__,
+        "device": "cpu" if device.is_cpu() else device.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "attention": attention_isa(spec) or "default",
+        "split_kv": os.environ.get("VLLM_CPU_ATTN_SPLIT_KV", "1"),
+        "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
+        "compiled": not config.enforce_eager and mode is not None and int(mode) > 0 and not _dynamo_is_off(),
+        "batch_invariant": bool(getattr(envs, "VLLM_BATCH_INVARIANT", False)),
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "block_hash": f"{algorithm}:{_hash_seed(algorithm)}",
+    }
+
+
+def _hash_seed(algorithm: str) -> str:
+    """What vLLM derives the parent of all first blocks from."""
+    is_fixed = algorithm.startswith("sha256") and version() >= (0, 30)
+    return os.environ.get("PYTHONHASHSEED", "default" if is_fixed else "random")
+
+
+def _dynamo_is_off() -> bool:
+    return os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+
+
+# -- the scheduler's side ----------------------------------------------------------------------------------------
+
+
+class Blocks:
+    """The scheduler's block pool, and how often each of its blocks was handed out."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self.generation = [0] * pool.num_gpu_blocks
+        hand_out = pool.get_new_blocks
+
+        def counted(num_blocks: int) -> Any:
+            blocks = hand_out(num_blocks)
+            for block in blocks:
+                self.generation[block.block_id] += 1
+            return blocks
+
+        pool.get_new_blocks = counted
+
+    @property
+    def caching(self) -> bool:
+        """Whether prefix caching is on."""
+        return bool(self._pool.enable_caching)
+
+    def hash_of(self, block_id: int) -> tuple[int, bytes] | None:
+        """Group and block hash of a block in the prefix cache."""
+        key = self._pool.blocks[block_id].block_hash
+        return None if key is None else (kv_cache_utils.get_group_id(key), kv_cache_utils.get_block_hash(key))
+
+    def cached(self) -> Iterator[tuple[int, int, bytes]]:
+        """Block id, group and block hash of all that the prefix cache holds, each hash once."""
+        seen = set()
+        for block in self._pool.blocks:
+            key = block.block_hash
+            if key is not None and not block.is_null and key not in seen:
+                seen.add(key)
+                yield block.block_id, kv_cache_utils.get_group_id(key), kv_cache_utils.get_block_hash(key)
+
+    def holds(self, block_hash: bytes, groups: Iterable[int]) -> bool:
+        """Whether the prefix cache has the block in all the groups."""
+        return self._pool.get_cached_block(block_hash, list(groups)) is not None
+
+    def pin(self, block_ids: Iterable[int]) -> None:
+        """Keep blocks from being handed out again."""
+        self._pool.touch([self._pool.blocks[block_id] for block_id in block_ids])
+
+    def unpin(self, block_ids: Sequence[int]) -> None:
+        """Undo one `pin`."""
+        self._pool.free_blocks([self._pool.blocks[block_id] for block_id in reversed(block_ids)])
+
+    @property
+    def can_linger(self) -> bool:
+        """Whether `linger` can be had."""
+        return hasattr(self._pool, "unpin_blocks")  # from 0.30
+
+    def linger(self, block_ids: Sequence[int]) -> None:
+        """Undo one `pin`, so that blocks which no hash names are reused last instead of first."""
+        self._pool.unpin_blocks([self._pool.blocks[block_id] for block_id in block_ids], lambda block: None)
+
+
+def is_plain(request: Any) -> bool:
+    """Whether a request is text alone: what it computes follows from its token ids."""
+    return (
+        request.sampling_params is not None
+        and request.lora_request is None
+        and not request.mm_features
+        and request.prompt_embeds is None
+        and request.prompt_token_ids is not None
+        and not request.resumable
+    )
+
+
+def computed_tokens(request: Any) -> int:
+    """Tokens whose KV is surely in the cache: steps in flight do not count, nor does the last sampled token."""
+    return max(0, min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1))
+
+
+def is_waiting_for_load(request: Any) -> bool:
+    """Whether its blocks are allocated, but not filled."""
+    return bool(request.status == RequestStatus.WAITING_FOR_REMOTE_KVS)
+
+
+@contextmanager
+def salted(request: Any, salt: str | None) -> Iterator[list[bytes]]:
+    """The block hashes that a request would have under a salt; inside, it has them."""
+    before = request.cache_salt, request.block_hashes
+    request.cache_salt, request.block_hashes = salt, []
+    request.update_block_hashes()
+    try:
+        yield request.block_hashes
+    finally:
+        request.cache_salt, request.block_hashes = before
+
+
+def resalt(request: Any, salt: str | None) -> None:
+    """Give a request that has not been scheduled another salt, so that it shares blocks only under that."""
+    request.cache_salt = salt
+    request.block_hashes.clear()
+    request.update_block_hashes()
+
+
+def local_hit(manager: Any, request: Any) -> int:
+    """Tokens that the prefix cache has for a request, without any effect on statistics."""
+    if not manager.enable_caching:
+        return 0
+    return int(manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)[1])
+
+
+def become_output(request: Any, prompt_tokens: int) -> None:
+    """Of a request about to run for the first time: from ``prompt_tokens`` on, its prompt was generated."""
+    output = request.prompt_token_ids[prompt_tokens:]
+    request.num_prompt_tokens = prompt_tokens
+    request._output_token_ids[:0] = output
+    request.max_tokens += len(output)
+
+
+def find_connector(connector: Any, kind: type[Any]) -> Any:
+    """Our connector, where it is one of several; ``None`` if it is not there."""
+    children = [connector, *getattr(connector, "_connectors", ())]
+    return next((child for child in children if isinstance(child, kind)), None)
+
+
+# -- the worker's side -------------------------------------------------------------------------------------------
+
+
+def generator_of(runner: Any, request_id: str) -> torch.Generator | None:
+    """The sampler's generator of a running request; ``None`` if it is not seeded, or draws without state."""
+    request = getattr(runner, "requests", {}).get(request_id)
+    return None if request is None else request.generator
+
+
+def carries_output(runner: Any) -> bool:
+    """Whether `tell_output` works: the first model runner keeps what it needs on the host."""
+    return hasattr(runner, "requests") and hasattr(getattr(runner, "input_batch", None), "req_output_token_ids")
+
+
+def tell_output(runner: Any, request_id: str, prompt_tokens: int) -> None:
+    """The worker's half of `become_output`, after the request entered the batch and before it is sampled."""
+    request = runner.requests[request_id]
+    batch = runner.input_batch
+    index = batch.req_id_to_index[request_id]
+    output = request.prompt_token_ids[prompt_tokens:]
+    request.prompt_token_ids = request.prompt_token_ids[:prompt_tokens]
+    request.num_prompt_tokens = prompt_tokens
+    request.output_token_ids[:0] = output  # the batch and its logits processors hold this very list
+    batch.num_prompt_tokens[index] = prompt_tokens
+    batch.refresh_metadata()
+    batch.sampling_metadata = batch._make_sampling_metadata()
+
+
+def transfer_results(finished: set[str], failed: set[str]) -> Any:
+    """What a worker reports of its loads, from 0.30."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+    return KVConnectorTransferResults(finished_recving=finished | failed, failed_recving=failed)
+
+
+# -- the way in --------------------------------------------------------------------------------------------------
+
+
+def answer_calls(name: str, answer: Callable[[Any, str, dict[str, Any]], dict[str, Any]]) -> None:
+    """Let ``collective_rpc(name, args=(op, payload))`` reach the engine core, and ``answer`` there.
+
+    ``answer`` gets the engine core. It runs in its thread, between two steps. Idempotent.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    inner = EngineCore.collective_rpc
+    if getattr(inner, "answers", None) == name:
+        return
+
+    def collective_rpc(
+        self: Any, method: Any, timeout: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]:
+        if method == name:
+            return [answer(self, *args)]
+        return list(inner(self, method, timeout, args, kwargs))
+
+    collective_rpc.answers = name  # type: ignore[attr-defined]
+    EngineCore.collective_rpc = collective_rpc

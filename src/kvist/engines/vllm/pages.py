@@ -1,0 +1,105 @@
+"""Pages in a worker's cache: out of it into host memory, and back. Knows tensors; must not know requests or stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from kvist.engines.vllm.internals import halves
+from kvist.layout import Layout
+
+
+class GroupPages:
+    """The pages of one KV cache group.
+
+    A page in host memory is its K half and then its V half, each ``[layers, heads, tokens, head_dim]`` in the order
+    that the layout's ``memory_order`` names. On an accelerator, copies go through one staging tensor: a gather a layer
+    there, and a copy a run of slots between it and the host; `Done` says when they are through.
+
+    Attributes:
+        layout: of every page.
+    """
+
+    def __init__(self, layout: Layout, caches: Sequence[torch.Tensor], blocks: int) -> None:
+        self.layout = layout
+        self._layers = [halves(cache, layout, blocks) for cache in caches]
+        self._dtype, self._device = caches[0].dtype, caches[0].device
+        self._page = (2, len(caches), *self._layers[0].shape[2:])
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of both halves."""
+        return 2 * self.layout.page_bytes
+
+    def read(self, blocks: Sequence[int], rows: torch.Tensor, slots: Sequence[int]) -> Done:
+        """Copy the pages of ``blocks`` into ``slots`` of ``rows``, in the order of the caller's stream.
+
+        The cache may be written again at once; ``rows`` is filled when the result says so.
+        """
+        ids = torch.tensor(blocks, device=self._device)
+        for start, count in _runs(slots):
+            out = self._host(rows, slots[start], count)
+            part = ids[start : start + count]
+            staging = out if self._stream is None else torch.empty_like(out, device=self._device)
+            for number, layer in enumerate(self._layers):
+                staging[:, :, number] = layer.index_select(0, part)
+            if staging is not out:
+                out.copy_(staging, non_blocking=True)
+        return Done(self._stream is not None)
+
+    def write(self, blocks: Sequence[int], rows: torch.Tensor, slots: Sequence[int], after: Done) -> Done:
+        """Copy ``slots`` of ``rows`` into the pages of ``blocks``, beside whatever the engine computes.
+
+        Args:
+            blocks: owned by nobody who runs.
+            rows, slots: as in `read`; must stay as they are until the result says so.
+            after: what must have happened before: the engine's own last work on these blocks.
+        """
+        ids = torch.tensor(blocks, device=self._device)
+        with self._beside():
+            after.order()
+            for start, count in _runs(slots):
+                pages = self._host(rows, slots[start], count)
+                part = ids[start : start + count]
+                staging = pages.to(self._device, non_blocking=True)
+                for number, layer in enumerate(self._layers):
+                    layer.index_copy_(0, part, staging[:, :, number])
+            return Done(self._stream is not None)
+
+    def _beside(self) -> Any:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _host(self, rows: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        return rows[first : first + count, : self.page_bytes].view(self._dtype).view(count, *self._page)
+
+
+class Done:
+    """A moment in an accelerator's stream; on the CPU, now."""
+
+    def __init__(self, on_device: bool = False) -> None:
+        self._event = torch.cuda.Event() if on_device else None
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Return when it has passed."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def order(self) -> None:
+        """Let the current stream go on only after it."""
+        if self._event is not None:
+            self._event.wait()
+
+
+def _runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Start and length of each run of consecutive numbers in ``slots``."""
+    start = 0
+    for place in range(1, len(slots) + 1):
+        if place == len(slots) or slots[place] != slots[place - 1] + 1:
+            yield start, place - start
+            start = place

@@ -1,0 +1,209 @@
+"""vLLM's general plugin: answers the API process's calls in the engine core. Imports vLLM only when it is loaded."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from kvist.engines.vllm.matching import Stored
+from kvist.errors import EngineError, InvalidInput, KvistError
+
+if TYPE_CHECKING:
+    from kvist.engines.vllm.connector import KvistConnector
+
+log = logging.getLogger("kvist.vllm")
+
+CALL = "kvist"
+"""``collective_rpc(CALL, args=(op, payload))``."""
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins: kvist``. Loaded in every process of vLLM; idempotent."""
+    from kvist.engines.vllm import internals
+
+    internals.answer_calls(CALL, _answer)
+
+
+def _answer(core: Any, op: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """In the engine core, between two steps. Errors come back as values: vLLM would keep only their text."""
+    try:
+        if op not in _OPS:
+            raise InvalidInput(f"unknown call {op!r:.80}")
+        return _OPS[op](_Core(core), payload)
+    except KvistError as error:
+        return _error(error)
+    except Exception as error:
+        log.exception("kvist call %s failed", op)
+        return _error(EngineError(f"{type(error).__name__}: {error}"))
+
+
+def _error(error: KvistError) -> dict[str, Any]:
+    return {"error": {"kind": error.kind, "message": str(error), "hint": error.hint}}
+
+
+class _Core:
+    """One engine core: its connector, and the workers."""
+
+    def __init__(self, core: Any) -> None:
+        from kvist.engines.vllm.connector import KvistConnector
+        from kvist.engines.vllm.internals import find_connector
+
+        found = find_connector(core.scheduler.connector, KvistConnector)
+        if found is None or found.scheduler is None:
+            raise EngineError(
+                "this server has no KvistConnector",
+                hint='--kv-transfer-config \'{"kv_connector": "KvistConnector", "kv_connector_module_path": '
+                '"kvist.engines.vllm.connector", "kv_role": "kv_both", "kv_connector_extra_config": '
+                '{"store": "file:///srv/kv"}}\'',
+            )
+        self.connector: KvistConnector = found
+        self.scheduler = found.scheduler
+        self.scheduler.bind(core.scheduler.kv_cache_manager)
+        self.config = core.vllm_config
+        self._executor = core.model_executor
+
+    def workers(self, method: str, *args: Any) -> list[Any]:
+        """Call every rank's `_Worker` method; the first error of any rank is raised."""
+        answers = self._executor.collective_rpc(_in_worker, args=(method, args))
+        for answer in answers:
+            if isinstance(answer, KvistError):
+                raise answer
+        return list(answers)
+
+
+def _in_worker(worker: Any, method: str, args: tuple[Any, ...]) -> Any:
+    """Runs in a worker's thread, between two steps."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from kvist.engines.vllm.connector import KvistConnector
+    from kvist.engines.vllm.internals import find_connector
+
+    connector = find_connector(get_kv_transfer_group(), KvistConnector)
+    connector.worker.attach(worker.model_runner)
+    try:
+        return getattr(connector.worker, method)(*args)
+    except KvistError as error:
+        return error
+
+
+def _describe(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
+    from kvist.engines.vllm import internals
+
+    described = core.workers("describe")
+    assert core.scheduler.blocks is not None
+    return {
+        "layouts": [layouts for layouts, _ in described],
+        "numerics": described[0][1],
+        "max_model_len": core.config.model_config.max_model_len,
+        "prefix_caching": core.scheduler.blocks.caching,
+        "async_scheduling": bool(core.config.scheduler_config.async_scheduling),
+        "mode": core.connector.mode,
+        "vllm": internals.release(),
+    }
+
+
+def _begin(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = payload.get("request_id")
+    ahead = bool(core.config.scheduler_config.async_scheduling)
+    if ahead and not payload.get("paused") and core.scheduler.draws(wanted):
+        return {"needs_pause": True}
+    plan = core.scheduler.capture(wanted)
+    try:
+        core.workers("begin", plan)
+    except BaseException:
+        core.scheduler.release(plan.id)
+        raise
+    return {
+        "needs_pause": False,
+        "capture": plan.id,
+        "pages": len(plan.places),
+        "sequences": [
+            {"id": seq.id, "tokens": len(seq.token_ids), "cached_tokens": seq.cached} for seq in plan.sequences
+        ],
+    }
+
+
+def _copy(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
+    started = time.perf_counter()
+    capture = payload["capture"]
+    gone = core.scheduler.gone(capture)
+    answers = core.workers("copy", capture, gone)
+    return {
+        "left": max(answer["left"] for answer in answers),
+        "busy": any(answer["busy"] for answer in answers),
+        "pause_ms": (time.perf_counter() - started) * 1000,
+    }
+
+
+def _finish(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
+    answers = core.workers("finish", payload["capture"])
+    if not all(answer["done"] for answer in answers):
+        return {"done": False}
+    first = answers[0]
+    return {
+        "done": True,
+        "manifests": [answer["manifests"] for answer in answers],
+        "pages": first["pages"],
+        "pages_copied": first["pages_copied"],
+        "new_bytes": sum(answer["new_bytes"] for answer in answers),
+    }
+
+
+def _release(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
+    core.scheduler.release(payload["capture"])
+    core.workers("release", payload["capture"])
+    return {}
+
+
+def _checkout(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
+    core.workers("open", payload["cid"], payload["manifests"])
+    by_hash = [
+        {bytes.fromhex(name): ix for ix, name in group["pages"] if name is not None} for group in payload["groups"]
+    ]
+    size = core.scheduler.layouts[0].page_size_tokens
+    sequences = [_stored(sequence, size) for sequence in payload["sequences"]]
+    core.scheduler.check_out(payload["cid"], by_hash, sequences)
+    return {"ok": True}
+
+
+def _stored(sequence: Mapping[str, Any], size: int) -> Stored:
+    pages: list[list[int | None]] = []
+    cached = 0
+    for group in sequence["groups"]:
+        held: list[int | None] = [None] * group["first_page"] + list(group["page_ixs"])
+        pages.append(held)
+        if group["page_ixs"]:
+            cached = (len(held) - 1) * size + (group["fill"] or size)
+    return Stored(sequence["id"], list(sequence["token_ids"]), cached, pages, sequence["state"])
+
+
+def _preload(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
+    answers = core.workers("preload", payload["cid"])
+    return {
+        "done": all(answer["done"] for answer in answers),
+        "pages": answers[0]["pages"],
+        "pages_loaded": min(answer["pages_loaded"] for answer in answers),
+    }
+
+
+def _checkouts(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
+    return {"cids": core.scheduler.checkouts}
+
+
+def _stats(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
+    return {"ranks": core.workers("stats")}
+
+
+_OPS: Final[dict[str, Callable[[_Core, Mapping[str, Any]], dict[str, Any]]]] = {
+    "describe": _describe,
+    "begin": _begin,
+    "copy": _copy,
+    "finish": _finish,
+    "release": _release,
+    "checkout": _checkout,
+    "checkouts": _checkouts,
+    "preload": _preload,
+    "stats": _stats,
+}

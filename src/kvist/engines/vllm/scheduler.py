@@ -1,0 +1,531 @@
+"""The connector beside vLLM's scheduler: what a request takes from where, and what a snapshot holds.
+
+Runs in the engine core's thread, between and within its steps, and does no I/O but for the durable prefix cache's
+index, which a thread of its own refreshes. Knows blocks, requests and hashes; must not know pages' bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any, Final
+
+from kvist.engines.vllm import internals
+from kvist.engines.vllm.internals import Blocks
+from kvist.engines.vllm.matching import Checkout, Stored, chain_tokens, first_block, starts_with
+from kvist.engines.vllm.messages import CapturePlan, Load, Place, SequencePlan, Start, StepPlan, StepReport
+from kvist.errors import InvalidName, NotFound
+from kvist.ids import check_name
+from kvist.layout import Layout
+
+CHECKOUTS_MAX: Final = 64
+"""Snapshots that requests may match; the one used longest ago goes first."""
+FINISHED_MAX: Final = 1024
+"""Finished requests that can still be snapshotted, as far as their blocks are in place."""
+_SUFFIX: Final = re.compile(r"-[0-9a-f]{8}\Z")
+_SAMPLING: Final = (
+    *("seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("min_tokens", "max_tokens", "stop", "stop_token_ids", "ignore_eos"),
+)
+
+
+@dataclass(slots=True)
+class Match:
+    """What a request takes.
+
+    Attributes:
+        source: the snapshot, or ``None``: the durable prefix cache.
+        tokens: how many of its tokens.
+        stored: the sequence that they are, or ``None``: a chain of blocks.
+        hashes: the request's block hashes as the source knows them.
+        start: what its first step must be told.
+    """
+
+    source: Checkout | None
+    tokens: int
+    stored: Stored | None
+    hashes: list[bytes]
+    start: Start | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request that has ended: what a snapshot of it needs."""
+
+    sequence: SequencePlan
+    generations: list[list[int]]
+    names: list[str]
+
+
+@dataclass(slots=True)
+class _Held:
+    """Blocks of a capture: those that are pinned, and the pages of those that are not."""
+
+    pinned: list[int]
+    loose: list[Place]
+
+
+class SchedulerSide:
+    """See the module.
+
+    Attributes:
+        layouts: rank 0's, by group.
+    """
+
+    def __init__(self, layouts: list[Layout], index: Any | None) -> None:
+        self.layouts = layouts
+        self._size = layouts[0].page_size_tokens
+        self._windows = [_window(layout) for layout in layouts]
+        self._index = index  # of the durable prefix cache
+        self._manager: Any = None
+        self.blocks: Blocks | None = None
+        self._checkouts: OrderedDict[str, Checkout] = OrderedDict()
+        self._live: dict[str, Any] = {}  # vLLM's requests, from arrival to end
+        self._matches: dict[str, Match] = {}
+        self._prompts: dict[str, int] = {}  # of requests that go on: how much was prompt at the very first
+        self._salts: dict[str, str | None] = {}  # of restored requests: the salt they came with
+        self._loading: dict[str, set[tuple[int, int | str]]] = {}
+        self._finished: OrderedDict[str, Finished] = OrderedDict()
+        self._captures: dict[str, _Held] = {}
+        self._names: OrderedDict[bytes, str] = OrderedDict()  # of blocks under a restored request's salt: without it
+        self._tails: list[int] = []  # partly filled last blocks of requests that just ended
+        self._saved: dict[str, int] = {}
+        self._plan = StepPlan()
+        self._numbers = itertools.count(1)
+
+    def bind_pool(self, pool: Any) -> None:
+        """The block pool, once it exists."""
+        self.blocks = Blocks(pool)
+
+    def bind(self, manager: Any) -> None:
+        """The scheduler's cache manager, once it is known: 0.28 does not tell, so every call brings it."""
+        self._manager = manager
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def arrive(self, request: Any) -> None:
+        """A request has come: decide what it takes, and salt it if that is a snapshot's."""
+        self._live[request.request_id] = request
+        if not internals.is_plain(request) or request.skip_reading_prefix_cache:
+            return
+        wanted = request.kv_transfer_params or {}
+        if "snapshot" in wanted:
+            found = self._named(request, wanted)
+        else:
+            found = self._best(request)
+        if found is None:
+            return
+        self._matches[request.request_id] = found
+        if found.source is not None:
+            self._salts[request.request_id] = request.cache_salt
+            found.start = _start(request, found.stored)
+            if found.stored is not None and "prompt_tokens" in found.stored.state:
+                self._prompts[request.request_id] = found.stored.state["prompt_tokens"]
+            internals.resalt(request, _salt(found.source, request.cache_salt))
+
+    def _named(self, request: Any, wanted: dict[str, Any]) -> Match | None:
+        """The sequence that the request names. The API process has checked that it is one, and that it fits."""
+        checkout = self._checkouts.get(wanted["snapshot"])
+        stored = None if checkout is None else checkout.sequences.get(wanted.get("sequence", ""))
+        if checkout is None or stored is None or not starts_with(request.prompt_token_ids, stored):
+            return None
+        self._checkouts.move_to_end(checkout.cid)
+        return Match(checkout, stored.cached, stored, list(request.block_hashes))
+
+    def _best(self, request: Any) -> Match | None:
+        """The longest of what the prefix cache, the snapshots and the durable prefix cache have for a request.
+
+        On a tie a snapshot goes before what was computed here, since its pages continue bit for bit.
+        """
+        hashes, limit = list(request.block_hashes), request.num_tokens - 1
+        local = internals.local_hit(self._manager, request)
+        best, most = None, local - 1
+        for checkout in reversed(self._checkouts.values()):
+            stored = checkout.longest(request.prompt_token_ids)
+            chain = checkout.chain(hashes, limit)
+            if stored is not None and stored.cached < chain:
+                stored = None
+            tokens = chain if stored is None else stored.cached
+            if tokens == 0:
+                continue
+            with internals.salted(request, _salt(checkout, request.cache_salt)):
+                reach = max(tokens, internals.local_hit(self._manager, request))
+            if reach > most:
+                best, most = Match(checkout, tokens, stored, hashes), reach
+        if best is not None and best.source is not None:
+            self._checkouts.move_to_end(best.source.cid)
+            return best
+        return None if self._index is None else Match(None, 0, None, hashes)
+
+    def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
+        """Tokens to load beyond the ``local`` ones that the prefix cache has; ``None``: ask again after the next step.
+
+        A request waits while another one loads a page that it needs too, and finds it in the prefix cache then.
+        """
+        match = self._matches.get(request.request_id)
+        if match is None:
+            return 0, False
+        if match.source is None:
+            match.tokens = self._index_tokens(match, request, local)
+        if match.tokens <= local:
+            return 0, False
+        if self.blocks is not None and self.blocks.caching:
+            full = {
+                (group, ref) for group, place, ref in self._pages(match, local) if place < match.tokens // self._size
+            }
+            if any(full & loading for loading in self._loading.values()):
+                return None, False
+        return match.tokens - local, True
+
+    def _index_tokens(self, match: Match, request: Any, local: int) -> int:
+        assert self._index is not None
+        tokens = chain_tokens(match.hashes, request.num_tokens - 1, self._size, self._windows, self._index.has)
+        if tokens <= local or not self._index.pays(tokens - local):
+            return 0
+        return tokens
+
+    def _pages(self, match: Match, local: int) -> Iterable[tuple[int, int, int | str]]:
+        """Group, block number and reference of each page that a request needs beyond ``local`` tokens."""
+        last = -(-match.tokens // self._size)
+        for group, window in enumerate(self._windows):
+            for place in range(max(local // self._size, first_block(match.tokens, window, self._size)), last):
+                ref: int | str | None
+                if match.stored is not None:
+                    ref = match.stored.pages[group][place]
+                elif match.source is not None:
+                    ref = match.source.by_hash[group].get(match.hashes[place])
+                else:
+                    ref = match.hashes[place].hex()
+                if ref is not None:
+                    yield group, place, ref
+
+    def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], external: int) -> None:
+        """vLLM has found room for the tokens that `matched` promised."""
+        match = self._matches.get(request.request_id)
+        if not external or match is None or self.blocks is None:
+            return
+        pages = []
+        for group, number, ref in self._pages(match, match.tokens - external):
+            block = block_ids[group][number]
+            if block:  # 0: out of the window
+                fill = min(self._size, match.tokens - number * self._size)
+                name = match.hashes[number].hex() if fill == self._size else None
+                pages.append((Place(group, block, self.blocks.generation[block], fill, name), ref))
+        cid = None if match.source is None else match.source.cid
+        self._loading[request.request_id] = {(place.group, ref) for place, ref in pages}
+        self._plan.loads.append(Load(request.request_id, cid, pages))
+
+    def plan(self, output: Any) -> StepPlan:
+        """What to tell the workers with this step."""
+        for new in output.scheduled_new_reqs:
+            self._first_step(new.req_id)
+        if self._index is not None:
+            for request_id in output.num_scheduled_tokens:
+                self._save(request_id)
+        if self._tails and self.blocks is not None:  # their requests have let go of them by now
+            self.blocks.linger(self._tails)
+            self._tails = []
+        plan, self._plan = self._plan, StepPlan()
+        return plan
+
+    def _first_step(self, request_id: str) -> None:
+        request = self._live.get(request_id)
+        if request is None:
+            return
+        if _draws(request.sampling_params):
+            self._plan.seeded.append(request_id)
+        match = self._matches.get(request_id)
+        if match is not None and match.start is not None:
+            if match.start.prompt_tokens is not None:
+                internals.become_output(request, match.start.prompt_tokens)
+            self._plan.starts.append(match.start)
+            match.start = None
+
+    def stepped(self, finished: Iterable[str], report: StepReport | None) -> None:
+        """What the workers answered."""
+        for request_id in finished:
+            self._loading.pop(request_id, None)
+        if report is None:
+            return
+        for request_id in report.failed:  # vLLM decides: it fails, or is computed; not loaded again
+            self._matches.pop(request_id, None)
+        if self._index is not None:
+            self._index.learn(report)
+
+    def finished(self, request: Any, block_ids: Sequence[Sequence[int]]) -> None:
+        """A request has ended; its blocks are about to be let go."""
+        request_id = request.request_id
+        if internals.is_plain(request) and self.blocks is not None and not internals.is_waiting_for_load(request):
+            sequence = self._sequence(request, block_ids, finished=True)
+            names = [name.hex() for name in self._base_hashes(request)]
+            blocks = [ids for _, ids in sequence.blocks]
+            self._finished[request_id] = Finished(
+                sequence, [[self.blocks.generation[block] for block in ids] for ids in blocks], names
+            )
+            while len(self._finished) > FINISHED_MAX:
+                self._finished.popitem(last=False)
+            if sequence.cached % self._size and self.blocks.can_linger:
+                tails = [ids[-1] for ids in blocks if ids]
+                self.blocks.pin(tails)
+                self._tails += tails
+            self._remember(request)
+            if self._index is not None:
+                self._save(request_id)
+        for table in (self._live, self._matches, self._salts, self._saved, self._prompts):
+            table.pop(request_id, None)
+
+    # -- the durable prefix cache --------------------------------------------------------------------------------
+
+    def _save(self, request_id: str) -> None:
+        """Send a request's newly finished blocks to the workers, but for those that the store has."""
+        request = self._live.get(request_id)
+        if request is None or not internals.is_plain(request) or self.blocks is None or request_id in self._salts:
+            return
+        done = min(internals.computed_tokens(request) // self._size, len(request.block_hashes))
+        first = self._saved.get(request_id, 0)
+        if done <= first:
+            return
+        self._saved[request_id] = done
+        tables = self._manager.get_block_ids(request_id)
+        for group, table in enumerate(tables):
+            for number in range(first, done):
+                name = request.block_hashes[number]
+                block = table[number]
+                if block and not self._index.has(group, name):
+                    self._plan.saves.append(Place(group, block, self.blocks.generation[block], self._size, name.hex()))
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    def check_out(self, cid: str, by_hash: list[dict[bytes, int]], sequences: Sequence[Stored]) -> None:
+        """Let requests continue a snapshot; see `Checkout`."""
+        self._checkouts[cid] = Checkout(cid, by_hash, sequences, self._windows, self._size)
+        self._checkouts.move_to_end(cid)
+        while len(self._checkouts) > CHECKOUTS_MAX:
+            self._checkouts.popitem(last=False)
+
+    @property
+    def checkouts(self) -> list[str]:
+        """Cids of the snapshots that requests may continue."""
+        return list(self._checkouts)
+
+    def capture(self, wanted: str | None) -> CapturePlan:
+        """Decide what a snapshot holds, and pin it.
+
+        Args:
+            wanted: a request, live or recently finished, by vLLM's id or by what the client knows of it; ``None``: all
+                live requests and the prefix cache.
+
+        Raises:
+            NotFound: no such request.
+        """
+        assert self.blocks is not None
+        live = [request for request in self._live.values() if internals.is_plain(request)]
+        if wanted is not None:
+            live = [request for request in live if _is_called(request.request_id, wanted)]
+        places: dict[tuple[int, int], Place] = {}
+        sequences = [self._running(request, places) for request in live]
+        if wanted is not None and not live:
+            ended = [done for name, done in reversed(self._finished.items()) if _is_called(name, wanted)]
+            if not ended:
+                raise NotFound(f"no live or recently finished request {wanted!r}", hint="name it by X-Request-Id")
+            sequences = [self._ended(done, places) for done in _newest(ended)]
+        _make_unique(sequences)
+        pinned = [block for _, block in places]
+        self.blocks.pin(pinned)
+        if wanted is None:
+            for block, group, name in self.blocks.cached():
+                if (group, block) not in places:
+                    place = Place(group, block, self.blocks.generation[block], self._size, self._base_name(name))
+                    places[group, block] = place
+        capture = f"capture-{next(self._numbers)}"
+        self._captures[capture] = _Held(pinned, list(places.values())[len(pinned) :])
+        return CapturePlan(capture, list(places.values()), sequences)
+
+    def gone(self, capture: str) -> list[tuple[int, int]]:
+        """Group and block of the pages of a capture that are lost since the last call: their block was reused."""
+        assert self.blocks is not None
+        held, generation = self._captures[capture], self.blocks.generation
+        gone = [place for place in held.loose if generation[place.block] != place.generation]
+        if gone:
+            held.loose = [place for place in held.loose if generation[place.block] == place.generation]
+        return [(place.group, place.block) for place in gone]
+
+    def release(self, capture: str) -> None:
+        """Let go of what a capture pinned. Idempotent."""
+        held = self._captures.pop(capture, None)
+        if held is not None and self.blocks is not None:
+            self.blocks.unpin(held.pinned)
+
+    def draws(self, wanted: str | None) -> bool:
+        """Whether a capture would hold a live sequence that draws with a generator."""
+        return any(
+            _draws(request.sampling_params) and (wanted is None or _is_called(request.request_id, wanted))
+            for request in self._live.values()
+        )
+
+    def _running(self, request: Any, places: dict[tuple[int, int], Place]) -> SequencePlan:
+        tables = self._manager.get_block_ids(request.request_id)
+        sequence = self._sequence(request, tables, finished=False)
+        self._add_places(sequence, [name.hex() for name in self._base_hashes(request)], places)
+        return sequence
+
+    def _ended(self, done: Finished, places: dict[tuple[int, int], Place]) -> SequencePlan:
+        """The sequence of a finished request, as far as its blocks still hold it."""
+        assert self.blocks is not None
+        sequence, last = done.sequence, -(-done.sequence.cached // self._size)
+        for (first, ids), generations in zip(sequence.blocks, done.generations, strict=True):
+            kept = [self.blocks.generation[block] == old for block, old in zip(ids, generations, strict=True)]
+            whole = kept.index(False) if False in kept else len(ids)
+            last = min(last, first + whole if whole else 0)
+        cached = min(sequence.cached, last * self._size)
+        blocks = []
+        for (first, ids), window in zip(sequence.blocks, self._windows, strict=True):
+            if cached and first > first_block(cached, window, self._size):
+                cached = 0  # the window's first blocks are gone since
+            blocks.append((first, ids[: max(0, last - first)]))
+        if not cached:
+            blocks = [(0, []) for _ in blocks]
+        left = SequencePlan(sequence.id, sequence.request_id, sequence.token_ids, cached, blocks, sequence.state)
+        self._add_places(left, done.names, places)
+        return left
+
+    def _add_places(self, sequence: SequencePlan, names: list[str], places: dict[tuple[int, int], Place]) -> None:
+        assert self.blocks is not None
+        for group, (first, ids) in enumerate(sequence.blocks):
+            for number, block in enumerate(ids, first):
+                fill = min(self._size, sequence.cached - number * self._size)
+                name = names[number] if fill == self._size and number < len(names) else None
+                known = places.get((group, block))
+                if known is None or known.fill < fill:
+                    places[group, block] = Place(group, block, self.blocks.generation[block], fill, name)
+
+    def _sequence(self, request: Any, tables: Sequence[Sequence[int]], *, finished: bool) -> SequencePlan:
+        cached = 0 if internals.is_waiting_for_load(request) else internals.computed_tokens(request)
+        last = -(-cached // self._size)
+        blocks = []
+        for table in tables:
+            held = list(table[:last])
+            first = next((number for number, block in enumerate(held) if block), len(held))
+            blocks.append((first if held[first:] else 0, held[first:]))
+        params = request.sampling_params
+        sampling = {name: _plain(getattr(params, name, None)) for name in _SAMPLING}
+        state: dict[str, Any] = {
+            "prompt_tokens": self._prompts.get(request.request_id, request.num_prompt_tokens),
+            "finished": finished,
+            "sampling": {name: value for name, value in sampling.items() if value is not None},
+        }
+        not_carried = _not_carried(params)
+        if not_carried:
+            state["not_carried"] = not_carried
+        return SequencePlan(
+            _sequence_id(request.request_id), request.request_id, list(request.all_token_ids), cached, blocks, state
+        )
+
+    # -- names of blocks -----------------------------------------------------------------------------------------
+
+    def _base_hashes(self, request: Any) -> list[bytes]:
+        """A request's block hashes without the salt that restoring gave it."""
+        if request.request_id not in self._salts:
+            return list(request.block_hashes)
+        with internals.salted(request, self._salts[request.request_id]) as hashes:
+            return list(hashes)
+
+    def _remember(self, request: Any) -> None:
+        """Keep how the blocks of a restored request are called without its salt: they stay in the prefix cache."""
+        if request.request_id in self._salts:
+            for name, base in zip(request.block_hashes, self._base_hashes(request), strict=False):
+                self._names[name] = base.hex()
+                self._names.move_to_end(name)
+            assert self.blocks is not None
+            while len(self._names) > 4 * len(self.blocks.generation):
+                self._names.popitem(last=False)
+
+    def _base_name(self, name: bytes) -> str:
+        return self._names.get(name) or name.hex()
+
+
+def _window(layout: Layout) -> int | None:
+    kind, _, window = layout.attention.partition(":")
+    return int(window) if kind == "sliding" else None
+
+
+def _salt(checkout: Checkout, salt: str | None) -> str:
+    """What keeps a snapshot's blocks to those that continue it, and tenants apart as they were."""
+    return f"kvist:{checkout.cid}" if salt is None else f"kvist:{checkout.cid}:{salt}"
+
+
+def _draws(params: Any) -> bool:
+    """Whether a request draws with a generator of its own."""
+    return params is not None and params.seed is not None and params.temperature > 0
+
+
+def _counts_output(params: Any) -> bool:
+    """Whether it matters for a request which of its tokens are output."""
+    return bool(params.presence_penalty or params.frequency_penalty or params.min_tokens or params.bad_words)
+
+
+def _start(request: Any, stored: Stored | None) -> Start | None:
+    """What the first step of a restored request must be told, if it goes on exactly where a sequence stood."""
+    if stored is None or request.num_tokens != len(stored.token_ids):
+        return None
+    params, state = request.sampling_params, stored.state
+    generator, prompt = None, None
+    if _draws(params) and "rng" in state and state.get("sampling", {}).get("seed") == params.seed:
+        generator = base64.b64decode(state["rng"])
+    if _counts_output(params) and 0 < state.get("prompt_tokens", 0) < len(stored.token_ids):
+        prompt = int(state["prompt_tokens"])
+    return None if generator is None and prompt is None else Start(request.request_id, generator, prompt)
+
+
+def _not_carried(params: Any) -> list[str]:
+    """What of a request cannot go on as if it had never stopped."""
+    found = {
+        "structured output: its grammar starts anew": params.structured_outputs is not None,
+        "stop texts: one that began before the snapshot is not seen": bool(params.stop),
+        "thinking budget: it starts anew": getattr(params, "thinking_token_budget", None) is not None,
+        "the draws of a request without a seed": params.seed is None and params.temperature > 0,
+    }
+    return [text for text, is_so in found.items() if is_so]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple | set) else value
+
+
+def _sequence_id(request_id: str) -> str:
+    """vLLM's id without the part that it draws; a digest where it is no name."""
+    name = _SUFFIX.sub("", request_id)
+    try:
+        return check_name(name)
+    except InvalidName:
+        return "request-" + sha256(name.encode()).hexdigest()[:16]
+
+
+def _is_called(request_id: str, wanted: str) -> bool:
+    """Whether a client that says ``wanted`` means this request: its id, the answer's, or its X-Request-Id."""
+    name = _SUFFIX.sub("", request_id)
+    if wanted in (request_id, name):
+        return True
+    return re.fullmatch(rf"(?:(?:chat)?cmpl-)?{re.escape(wanted)}(?:-\d+)?", name) is not None
+
+
+def _make_unique(sequences: list[SequencePlan]) -> None:
+    """Tell sequences of one name apart: a client may use an X-Request-Id twice."""
+    seen: dict[str, int] = {}
+    for place, sequence in enumerate(sequences):
+        count = seen[sequence.id] = seen.get(sequence.id, 0) + 1
+        if count > 1:
+            sequences[place] = replace(sequence, id=f"{sequence.id}.{count}")
+
+
+def _newest(ended: Iterable[Finished]) -> list[Finished]:
+    """One of each name, the first that comes."""
+    found: dict[str, Finished] = {}
+    for done in ended:
+        found.setdefault(done.sequence.id, done)
+    return list(found.values())

@@ -1,0 +1,489 @@
+"""The connector in a worker: pages between its cache, host memory and the store.
+
+The engine's thread only copies pages between the cache and host memory, or hands that to a stream; reading, hashing and
+writing happen in threads of our own. Knows pages, manifests and a repository; must not know how requests are scheduled.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import torch
+
+from kvist.engines.vllm import internals
+from kvist.engines.vllm.messages import CapturePlan, Load, Place, SequencePlan, Start, StepPlan, StepReport
+from kvist.engines.vllm.pages import Done, GroupPages
+from kvist.engines.vllm.staging import HostPool
+from kvist.errors import KvistError, MissingPage, NotFound
+from kvist.layout import Layout
+from kvist.repo.manifest import LogicalSeq, Manifest, PageEntry
+from kvist.repo.repository import Repository
+
+log = logging.getLogger("kvist.vllm")
+
+_CHUNK: Final = 32 << 20
+"""Bytes that one load brings in at a time, or one call copies out."""
+_MANIFESTS_MAX: Final = 64
+_GENERATORS_MAX: Final = 1024
+
+Digests = tuple[str, str]
+
+
+@dataclass(slots=True)
+class _Capture:
+    """A capture under way. Touched by the engine's thread; `Future`s carry what others do for it."""
+
+    plan: CapturePlan
+    sequences: list[SequencePlan]
+    known: Future[dict[tuple[int, int], Digests]]
+    left: list[Place] | None = None
+    stored: list[Future[None]] = field(default_factory=list)
+    digests: dict[tuple[int, int], Digests] = field(default_factory=dict)
+    gone: set[tuple[int, int]] = field(default_factory=set)
+    copied: int = 0
+    new_bytes: int = 0
+    manifests: Future[list[str]] | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a worker has done since it started.
+
+    Attributes:
+        pages_loaded: pages written into the cache.
+        pages_read: pages read from the store for that, or ahead of it.
+        pages_captured: pages copied out for snapshots.
+        loads, loads_failed: requests that waited for pages.
+        pages_saved, saves_dropped: blocks for the durable prefix cache.
+    """
+
+    pages_loaded: int = 0
+    pages_read: int = 0
+    pages_captured: int = 0
+    loads: int = 0
+    loads_failed: int = 0
+    pages_saved: int = 0
+    saves_dropped: int = 0
+
+
+class WorkerSide:
+    """See the module.
+
+    Attributes:
+        layouts: this rank's, by group.
+        counters: see `Counters`.
+    """
+
+    def __init__(
+        self, layouts: list[Layout], store: str, host_bytes: int, numerics: Callable[[], dict[str, Any]]
+    ) -> None:
+        self.layouts = layouts
+        self.counters = Counters()
+        self._store, self._host_bytes, self._numerics = store, host_bytes, numerics
+        self._repo: Repository | None = None
+        self._runner: Any = None
+        self._groups: list[GroupPages] = []
+        self._pool: HostPool | None = None
+        self._lock = threading.Lock()
+        self._fetching = threading.Lock()
+        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="kvist-load")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvist-write")
+        self._snapshots: dict[str, Future[list[dict[int, Digests]]]] = {}
+        self._preloads: dict[str, Future[int]] = {}
+        self._captures: dict[str, _Capture] = {}
+        self._known: dict[tuple[int, int], tuple[int, int, Digests]] = {}
+        self._generators: dict[str, torch.Generator] = {}
+        self._arrived: set[str] = set()
+        self._failed: set[str] = set()
+        self._bad_blocks: set[int] = set()
+        self._report = StepReport()
+
+    def register(self, caches: dict[str, torch.Tensor], groups: Sequence[Sequence[str]], blocks: int) -> None:
+        """The cache of each layer, once vLLM has made them."""
+        self._groups = [
+            GroupPages(layout, [caches[name] for name in names], blocks)
+            for layout, names in zip(self.layouts, groups, strict=True)
+        ]
+        slot = max(group.page_bytes for group in self._groups)
+        on_device = any(cache.device.type != "cpu" for cache in caches.values())
+        self._pool = HostPool(max(self._host_bytes, 4 * slot), slot, page_locked=on_device)
+
+    def attach(self, runner: Any) -> None:
+        """The model runner, which holds the generators."""
+        self._runner = runner
+
+    def describe(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """This rank's layouts, by group, and what else decides its bits."""
+        return [asdict(layout) for layout in self.layouts], self._numerics()
+
+    def stats(self) -> dict[str, int]:
+        """The counters."""
+        return asdict(self.counters)
+
+    @property
+    def repo(self) -> Repository:
+        """The repository, opened when it is first needed: a store that cannot be reached must not stop the engine."""
+        with self._lock:
+            if self._repo is None:
+                self._repo = Repository.open(self._store, create=True)
+            return self._repo
+
+    # -- in every step -------------------------------------------------------------------------------------------
+
+    def before_step(self, plan: StepPlan) -> None:
+        """After requests entered the batch, before anything is computed."""
+        for request_id in plan.seeded:
+            generator = internals.generator_of(self._runner, request_id)
+            if generator is not None:
+                self._generators[request_id] = generator
+                while len(self._generators) > _GENERATORS_MAX:
+                    del self._generators[next(iter(self._generators))]
+        for start in plan.starts:
+            self._go_on(start)
+        for load in plan.loads:  # once they are to be overwritten, nothing is known of these blocks
+            for place, _ in load.pages:
+                self._known.pop((place.group, place.block), None)
+
+    def _go_on(self, start: Start) -> None:
+        generator = internals.generator_of(self._runner, start.request_id)
+        if start.generator is not None and generator is not None:
+            state = torch.frombuffer(bytearray(start.generator), dtype=torch.uint8)
+            if state.numel() == generator.get_state().numel():
+                generator.set_state(state)
+            else:
+                log.warning("request %s: the generator's state is another device's; it starts anew", start.request_id)
+        if start.prompt_tokens is not None and internals.carries_output(self._runner):
+            internals.tell_output(self._runner, start.request_id, start.prompt_tokens)
+
+    def start_loads(self, plan: StepPlan) -> None:
+        """Begin to bring in what requests wait for."""
+        if plan.loads:
+            after = Done(self._on_device)
+            for load in plan.loads:
+                self._loaders.submit(self._load, load, after)
+
+    def take_arrived(self) -> tuple[set[str], set[str], set[int]]:
+        """Requests whose loads ended since the last call: those that have their pages, the others, and their blocks."""
+        with self._lock:
+            taken = self._arrived, self._failed, self._bad_blocks
+            self._arrived, self._failed, self._bad_blocks = set(), set(), set()
+            return taken
+
+    def take_report(self) -> StepReport | None:
+        """What happened since the last call."""
+        with self._lock:
+            report, self._report = self._report, StepReport()
+        return report if report != StepReport() else None
+
+    @property
+    def _on_device(self) -> bool:
+        assert self._pool is not None
+        return bool(self._pool.rows.is_pinned())
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def _load(self, load: Load, after: Done) -> None:
+        """In a thread: fetch pages and write them into the cache."""
+        started = time.perf_counter()
+        try:
+            nbytes = self._bring(load, after)
+        except Exception as error:
+            if isinstance(error, KvistError):
+                log.error("request %s: its pages cannot be had: %s", load.request_id, error)
+            else:
+                log.exception("request %s: loading failed", load.request_id)
+            with self._lock:
+                self.counters.loads_failed += 1
+                self._failed.add(load.request_id)
+                self._bad_blocks |= {place.block for place, _ in load.pages}
+                self._report.failed.append(load.request_id)
+        else:
+            with self._lock:
+                self.counters.loads += 1
+                self.counters.pages_loaded += len(load.pages)
+                self._arrived.add(load.request_id)
+                self._report.loads.append((nbytes, time.perf_counter() - started))
+
+    def _bring(self, load: Load, after: Done) -> int:
+        assert self._pool is not None
+        nbytes = 0
+        for number, group in enumerate(self._groups):
+            pages = [(place, ref) for place, ref in load.pages if place.group == number]
+            for part in self._parts(pages, group.page_bytes):
+                digests = self._digests(load.snapshot, number, [ref for _, ref in part])
+                with self._fetched(group, digests) as slots:
+                    group.write([place.block for place, _ in part], self._pool.rows, slots, after).wait()
+                nbytes += len(part) * group.page_bytes
+                with self._lock:
+                    for (place, _), pair in zip(part, digests, strict=True):
+                        self._known[number, place.block] = place.generation, place.fill, pair
+        return nbytes
+
+    def _digests(self, snapshot: str | None, group: int, refs: Sequence[int | str]) -> list[Digests]:
+        if snapshot is None:
+            raise MissingPage("this worker keeps no durable prefix cache")
+        with self._lock:
+            opened = self._snapshots.get(snapshot)
+        if opened is None:
+            raise NotFound(f"snapshot {snapshot} is not checked out")
+        pages = opened.result()[group]
+        return [pages[int(ref)] for ref in refs]
+
+    def _fetched(self, group: GroupPages, digests: Sequence[Digests]) -> _Slots:
+        """Slots that hold these pages, read and verified unless they are there already."""
+        assert self._pool is not None
+        half, pool = group.layout.page_bytes, self._pool
+        with self._fetching:  # so that no page is read twice
+            held: dict[Digests, int] = {}
+            missing: list[Digests] = []
+            for pair in dict.fromkeys(digests):
+                slot = pool.find(pair)
+                if slot is None:
+                    missing.append(pair)
+                else:
+                    held[pair] = slot
+            taken: list[int] = []
+            try:
+                while len(taken) < len(missing):
+                    taken += pool.take(len(missing) - len(taken), wait=True)
+                taken.sort()
+                views = [pool.view(slot, 2 * half) for slot in taken]
+                outs = [view[start : start + half] for view in views for start in (0, half)]
+                self.repo.get_pages([digest for pair in missing for digest in pair], outs)
+            except BaseException:
+                pool.release([*held.values(), *taken])
+                raise
+            for pair, slot in zip(missing, taken, strict=True):
+                pool.name(slot, pair)
+                held[pair] = slot
+        with self._lock:
+            self.counters.pages_read += len(missing)
+        return _Slots(pool, [held[pair] for pair in digests], list(held.values()))
+
+    def _parts(self, items: Sequence[Any], nbytes: int) -> Iterator[Sequence[Any]]:
+        assert self._pool is not None
+        count = max(1, min(_CHUNK // nbytes, len(self._pool) // 4))
+        for start in range(0, len(items), count):
+            yield items[start : start + count]
+
+    # -- checkouts -----------------------------------------------------------------------------------------------
+
+    def open(self, cid: str, manifests: Sequence[Sequence[str]]) -> None:
+        """Read a snapshot's manifests of this rank, in a thread; loads wait for it.
+
+        Args:
+            cid: the snapshot.
+            manifests: cids by rank, by group.
+        """
+
+        def read() -> list[dict[int, Digests]]:
+            mine = manifests[self.layouts[0].tp_rank]
+            return [{page.ix: (page.k, page.v) for page in self.repo.manifest(name).pages} for name in mine]
+
+        with self._lock:
+            opened = self._snapshots.pop(cid, None)
+            if opened is None or (opened.done() and opened.exception() is not None):
+                opened = self._loaders.submit(read)
+            self._snapshots[cid] = opened
+            while len(self._snapshots) > _MANIFESTS_MAX:
+                del self._snapshots[next(iter(self._snapshots))]
+
+    def preload(self, cid: str) -> dict[str, Any]:
+        """Bring a snapshot's pages into host memory, as many as it has room for; poll until ``done``.
+
+        Raises:
+            KvistError: a page cannot be had.
+        """
+        with self._lock:
+            opened = self._snapshots.get(cid)
+            running = self._preloads.get(cid)
+            if opened is not None and running is None:
+                running = self._preloads[cid] = self._writer.submit(self._bring_ahead, opened)
+        if opened is None or running is None:
+            raise NotFound(f"snapshot {cid} is not checked out")
+        if not running.done():
+            return {"done": False, "pages_loaded": 0, "pages": 0}
+        with self._lock:
+            self._preloads.pop(cid, None)
+        return {"done": True, "pages_loaded": running.result(), "pages": sum(map(len, opened.result()))}
+
+    def _bring_ahead(self, opened: Future[list[dict[int, Digests]]]) -> int:
+        assert self._pool is not None
+        room, brought = len(self._pool) // 2, 0
+        for group, pages in zip(self._groups, opened.result(), strict=True):
+            for part in self._parts(list(pages.values()), group.page_bytes):
+                if brought + len(part) <= room:
+                    with self._fetched(group, part):
+                        brought += len(part)
+        return brought
+
+    # -- captures ------------------------------------------------------------------------------------------------
+
+    def begin(self, plan: CapturePlan) -> None:
+        """Note what a capture shall hold, and the generators as they stand."""
+        sequences = []
+        for sequence in plan.sequences:
+            generator = self._generators.get(sequence.request_id or "")
+            state = dict(sequence.state)
+            if generator is not None:
+                state["rng"] = base64.b64encode(generator.get_state().numpy().tobytes()).decode()
+            sequences.append((sequence, state))
+        named = [_with_state(sequence, state) for sequence, state in sequences]
+        candidates = {
+            (place.group, place.block): pair
+            for place in plan.places
+            for generation, fill, pair in [self._known.get((place.group, place.block), (-1, -1, ("", "")))]
+            if (generation, fill) == (place.generation, place.fill)
+        }
+        self._captures[plan.id] = _Capture(plan, named, self._writer.submit(self._still_stored, candidates))
+
+    def _still_stored(self, candidates: dict[tuple[int, int], Digests]) -> dict[tuple[int, int], Digests]:
+        """In a thread: those whose pages the repository holds whole; a gc, or damage, may have taken some."""
+        pages = self.repo.pages
+        pages.refresh()
+        return {
+            key: pair
+            for key, pair in candidates.items()
+            if pages.size(pair[0]) is not None and pages.size(pair[1]) is not None
+        }
+
+    def copy(self, capture_id: str, gone: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Copy some more pages out of the cache; the engine stands still meanwhile.
+
+        Args:
+            capture_id: see `begin`.
+            gone: (group, block) of pages whose block was reused since; they drop out of the capture.
+        """
+        assert self._pool is not None
+        capture = self._captures[capture_id]
+        capture.gone |= {(group, block) for group, block in gone}
+        if not capture.known.done():
+            return {"left": len(capture.plan.places), "busy": True}
+        if capture.left is None:
+            known = capture.known.result()
+            capture.digests.update(known)
+            capture.left = [place for place in capture.plan.places if (place.group, place.block) not in known]
+            capture.left.sort(key=lambda place: (place.group, place.block), reverse=True)
+        copied = 0
+        while capture.left and copied < _CHUNK:
+            group = self._groups[capture.left[-1].group]
+            part = [place for place in capture.left[-self._most(group) :] if place.group == capture.left[-1].group]
+            slots = self._pool.take(len(part), wait=False)
+            if not slots:
+                break
+            part = part[::-1][: len(slots)]
+            del capture.left[-len(part) :]
+            whole = [place for place in part if (place.group, place.block) not in capture.gone]
+            self._pool.release(slots[len(whole) :])
+            if whole:
+                done = group.read([place.block for place in whole], self._pool.rows, slots[: len(whole)])
+                capture.stored.append(
+                    self._writer.submit(self._store_pages, capture, group, whole, slots[: len(whole)], done)
+                )
+            copied += len(part) * group.page_bytes
+        return {"left": len(capture.left), "busy": copied == 0 and bool(capture.left)}
+
+    def _most(self, group: GroupPages) -> int:
+        return max(1, _CHUNK // group.page_bytes)
+
+    def _store_pages(
+        self, capture: _Capture, group: GroupPages, places: Sequence[Place], slots: Sequence[int], done: Done
+    ) -> None:
+        """In a thread: hash and write what was copied."""
+        assert self._pool is not None
+        half = group.layout.page_bytes
+        try:
+            done.wait()
+            views = [self._pool.view(slot, 2 * half) for slot in slots]
+            put = self.repo.put_pages([view[start : start + half] for view in views for start in (0, half)])
+            pairs = list(zip(put.digests[::2], put.digests[1::2], strict=True))
+            for place, slot, pair in zip(places, slots, pairs, strict=True):
+                self._pool.name(slot, pair)
+                capture.digests[place.group, place.block] = pair
+            capture.copied += len(places)
+            capture.new_bytes += put.new_bytes
+            with self._lock:
+                self.counters.pages_captured += len(places)
+                for place, pair in zip(places, pairs, strict=True):
+                    self._known[place.group, place.block] = place.generation, place.fill, pair
+        finally:
+            self._pool.release(slots)
+
+    def finish(self, capture_id: str) -> dict[str, Any]:
+        """The manifests' cids, once all is stored; poll until ``done``.
+
+        Raises:
+            StoreFull, …: what storing raised.
+        """
+        capture = self._captures[capture_id]
+        if capture.manifests is None and all(future.done() for future in capture.stored):
+            for future in capture.stored:
+                future.result()
+            capture.manifests = self._writer.submit(self._put_manifests, capture)
+        if capture.manifests is None or not capture.manifests.done():
+            return {"done": False}
+        manifests = capture.manifests.result()
+        return {
+            "done": True,
+            "manifests": manifests,
+            "pages": len(capture.digests),
+            "pages_copied": capture.copied,
+            "new_bytes": capture.new_bytes,
+        }
+
+    def release(self, capture_id: str) -> None:
+        """Forget a capture. What it has stored serves the next one."""
+        self._captures.pop(capture_id, None)
+
+    def _put_manifests(self, capture: _Capture) -> list[str]:
+        manifests = []
+        for number, layout in enumerate(self.layouts):
+            held = {place.block: place for place in capture.plan.places if place.group == number}
+            entries = tuple(
+                PageEntry(block, *capture.digests[number, block], held[block].name)
+                for block in held
+                if (number, block) in capture.digests
+            )
+            sequences = tuple(_logical(sequence, number, layout.page_size_tokens) for sequence in capture.sequences)
+            manifests.append(Manifest(layout, entries, sequences, self._numerics()))
+        self.repo.objects.put_manifests(manifests)
+        return [manifest.cid for manifest in manifests]
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._loaders.shutdown(cancel_futures=True)
+        self._writer.shutdown(cancel_futures=True)
+        if self._repo is not None:
+            self._repo.close()
+
+
+class _Slots:
+    """Pinned slots: those of a list of pages in order, inside a ``with`` block."""
+
+    def __init__(self, pool: HostPool, slots: list[int], pinned: list[int]) -> None:
+        self._pool, self._slots, self._pinned = pool, slots, pinned
+
+    def __enter__(self) -> list[int]:
+        return self._slots
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.release(self._pinned)
+
+
+def _with_state(sequence: SequencePlan, state: dict[str, Any]) -> SequencePlan:
+    return SequencePlan(sequence.id, sequence.request_id, sequence.token_ids, sequence.cached, sequence.blocks, state)
+
+
+def _logical(sequence: SequencePlan, group: int, size: int) -> LogicalSeq:
+    first, blocks = sequence.blocks[group]
+    fill = sequence.cached % size if blocks else 0
+    return LogicalSeq(
+        sequence.id, tuple(blocks), fill, tuple(sequence.token_ids), sequence.state, first_page=first if blocks else 0
+    )
