@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvist.engines.vllm import internals
+from kvist.engines.vllm.index import PrefixIndex
 from kvist.engines.vllm.messages import StepPlan, StepReport
 from kvist.engines.vllm.scheduler import SchedulerSide
 from kvist.engines.vllm.worker import WorkerSide
@@ -47,19 +48,27 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):
         self._bad_blocks: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
             layouts = internals.layouts(vllm_config, kv_cache_config, 0)
-            self.scheduler = SchedulerSide(layouts, None)
+            index = None
+            if self.mode == "write_through":
+                ranks = range(vllm_config.parallel_config.tensor_parallel_size)
+                each = [internals.layouts(vllm_config, kv_cache_config, rank) for rank in ranks]
+                index = PrefixIndex(self.extra["store"], each)
+            self.scheduler = SchedulerSide(layouts, index)
         else:
             from vllm.distributed import get_tensor_model_parallel_rank
 
             layouts = internals.layouts(vllm_config, kv_cache_config, get_tensor_model_parallel_rank())
             numerics = functools.partial(internals.numerics, vllm_config, kv_cache_config)
             host_bytes = int(self.extra.get("host_bytes", _HOST_BYTES))
-            self.worker = WorkerSide(layouts, self.extra["store"], host_bytes, numerics)
+            cache_bytes = int(self.extra.get("cache_bytes", 0)) if self.mode == "write_through" else None
+            self.worker = WorkerSide(layouts, self.extra["store"], host_bytes, numerics, cache_bytes)
 
     def shutdown(self) -> None:
         """Stop threads and close the store."""
         if self.worker is not None:
             self.worker.close()
+        if self.scheduler is not None:
+            self.scheduler.close()
 
     # -- scheduler -----------------------------------------------------------------------------------------------
 
@@ -113,6 +122,12 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):
         assert self.scheduler is not None
         self.scheduler.finished(request, block_ids)
         return False, None
+
+    def reset_cache(self) -> bool | None:
+        """See the base class; called when weights are replaced."""
+        assert self.scheduler is not None
+        self.scheduler.forget()
+        return True
 
     @property
     def requires_kv_delivery(self) -> bool:

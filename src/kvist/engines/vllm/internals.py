@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import vllm
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
+import vllm
 from kvist.engines.revision import revision
 from kvist.errors import EngineError, UnsupportedModel
 from kvist.layout import Layout
@@ -132,28 +132,6 @@ def attention_isa(spec: Any) -> str | None:
     return str(_get_attn_isa(spec.dtype, spec.block_size, spec.head_size))
 
 
-def halves(cache: torch.Tensor, layout: Layout, blocks: int) -> torch.Tensor:
-    """A layer's cache as ``[blocks, 2, heads, tokens * head_dim or tokens, head_dim]``, a view: K and V apart.
-
-    Args:
-        cache: as vLLM registers it: ``[blocks, heads, tokens, width]``, or ``[blocks, tokens, width]`` for MLA.
-        layout: of its group.
-        blocks: how many the scheduler counts.
-
-    Raises:
-        UnsupportedModel: any other shape.
-    """
-    view = cache.unsqueeze(1) if cache.dim() == 3 else cache
-    tokens, heads, dim = layout.page_size_tokens, layout.n_heads, layout.head_dim
-    if view.dim() != 4 or tuple(view.shape) != (blocks, heads, tokens, 2 * dim):
-        raise UnsupportedModel(
-            f"a layer's cache has shape {tuple(cache.shape)}, expected {(blocks, heads, tokens, 2 * dim)}"
-        )
-    if layout.memory_order.startswith("vllm-cpu"):  # all of K, transposed, then all of V, head by head
-        return view.view(blocks, heads, 2, tokens * dim).transpose(1, 2)
-    return view.view(blocks, heads, tokens, 2, dim).permute(0, 3, 1, 2, 4)
-
-
 def numerics(vllm_config: Any, kv_cache_config: Any) -> dict[str, Any]:
     """What besides the layout decides the bits that this worker computes."""
     from vllm import envs
@@ -263,7 +241,8 @@ def is_plain(request: Any) -> bool:
 
 def computed_tokens(request: Any) -> int:
     """Tokens whose KV is surely in the cache: steps in flight do not count, nor does the last sampled token."""
-    return max(0, min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1))
+    computed: int = min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1)
+    return max(0, computed)
 
 
 def is_waiting_for_load(request: Any) -> bool:
@@ -294,7 +273,8 @@ def local_hit(manager: Any, request: Any) -> int:
     """Tokens that the prefix cache has for a request, without any effect on statistics."""
     if not manager.enable_caching:
         return 0
-    return int(manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)[1])
+    hit: int = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)[1]
+    return hit
 
 
 def become_output(request: Any, prompt_tokens: int) -> None:

@@ -68,6 +68,8 @@ class StepPlan(KVConnectorMetadata):
     """Requests, scheduled for the first time, whose generator a later snapshot may want."""
     saves: list[Place] = field(default_factory=list)
     """Finished blocks for the durable prefix cache."""
+    uses: list[tuple[int, str]] = field(default_factory=list)
+    """Group and block hash of finished blocks that it has; a request's root first."""
 
 
 @dataclass

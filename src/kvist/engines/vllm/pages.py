@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvist.engines.vllm.internals import halves
+from kvist.errors import UnsupportedModel
 from kvist.layout import Layout
 
 
@@ -94,6 +94,28 @@ class Done:
         """Let the current stream go on only after it."""
         if self._event is not None:
             self._event.wait()
+
+
+def halves(cache: torch.Tensor, layout: Layout, blocks: int) -> torch.Tensor:
+    """A layer's cache as ``[blocks, 2, heads, tokens * head_dim or tokens, head_dim]``, a view: K and V apart.
+
+    Args:
+        cache: as vLLM registers it: ``[blocks, heads, tokens, width]``, or ``[blocks, tokens, width]`` for MLA.
+        layout: of its group.
+        blocks: how many the scheduler counts.
+
+    Raises:
+        UnsupportedModel: any other shape.
+    """
+    view = cache.unsqueeze(1) if cache.dim() == 3 else cache
+    tokens, heads, dim = layout.page_size_tokens, layout.n_heads, layout.head_dim
+    if view.dim() != 4 or tuple(view.shape) != (blocks, heads, tokens, 2 * dim):
+        raise UnsupportedModel(
+            f"a layer's cache has shape {tuple(cache.shape)}, expected {(blocks, heads, tokens, 2 * dim)}"
+        )
+    if layout.memory_order.startswith("vllm-cpu"):  # all of K, transposed, then all of V, head by head
+        return view.view(blocks, heads, 2, tokens * dim).transpose(1, 2)
+    return view.view(blocks, heads, tokens, 2, dim).permute(0, 3, 1, 2, 4)
 
 
 def _runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:

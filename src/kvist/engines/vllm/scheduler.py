@@ -16,10 +16,11 @@ from hashlib import sha256
 from typing import Any, Final
 
 from kvist.engines.vllm import internals
+from kvist.engines.vllm.index import PrefixIndex
 from kvist.engines.vllm.internals import Blocks
 from kvist.engines.vllm.matching import Checkout, Stored, chain_tokens, first_block, starts_with
 from kvist.engines.vllm.messages import CapturePlan, Load, Place, SequencePlan, Start, StepPlan, StepReport
-from kvist.errors import InvalidName, NotFound
+from kvist.errors import InvalidName, NotFound, UnsupportedModel
 from kvist.ids import check_name
 from kvist.layout import Layout
 
@@ -34,6 +35,10 @@ _SAMPLING: Final = (
 )
 
 
+_Wanted = tuple[str | None, int, int | str]
+"""Snapshot, group and reference of a page."""
+
+
 @dataclass(slots=True)
 class Match:
     """What a request takes.
@@ -44,6 +49,7 @@ class Match:
         stored: the sequence that they are, or ``None``: a chain of blocks.
         hashes: the request's block hashes as the source knows them.
         start: what its first step must be told.
+        is_decided: whether ``tokens`` holds for the durable prefix cache: decided when there is room for the request.
     """
 
     source: Checkout | None
@@ -51,6 +57,7 @@ class Match:
     stored: Stored | None
     hashes: list[bytes]
     start: Start | None = None
+    is_decided: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +84,7 @@ class SchedulerSide:
         layouts: rank 0's, by group.
     """
 
-    def __init__(self, layouts: list[Layout], index: Any | None) -> None:
+    def __init__(self, layouts: list[Layout], index: PrefixIndex | None) -> None:
         self.layouts = layouts
         self._size = layouts[0].page_size_tokens
         self._windows = [_window(layout) for layout in layouts]
@@ -89,7 +96,7 @@ class SchedulerSide:
         self._matches: dict[str, Match] = {}
         self._prompts: dict[str, int] = {}  # of requests that go on: how much was prompt at the very first
         self._salts: dict[str, str | None] = {}  # of restored requests: the salt they came with
-        self._loading: dict[str, set[tuple[int, int | str]]] = {}
+        self._loading: dict[str, set[_Wanted]] = {}
         self._finished: OrderedDict[str, Finished] = OrderedDict()
         self._captures: dict[str, _Held] = {}
         self._names: OrderedDict[bytes, str] = OrderedDict()  # of blocks under a restored request's salt: without it
@@ -99,7 +106,13 @@ class SchedulerSide:
         self._numbers = itertools.count(1)
 
     def bind_pool(self, pool: Any) -> None:
-        """The block pool, once it exists."""
+        """The block pool, once it exists.
+
+        Raises:
+            UnsupportedModel: blocks are hashed in other sizes than they are kept.
+        """
+        if pool.hash_block_size != self._size:
+            raise UnsupportedModel(f"blocks of {self._size} tokens are hashed by {pool.hash_block_size}")
         self.blocks = Blocks(pool)
 
     def bind(self, manager: Any) -> None:
@@ -143,6 +156,8 @@ class SchedulerSide:
         On a tie a snapshot goes before what was computed here, since its pages continue bit for bit.
         """
         hashes, limit = list(request.block_hashes), request.num_tokens - 1
+        if not self._checkouts:
+            return None if self._index is None else Match(None, 0, None, hashes)
         local = internals.local_hit(self._manager, request)
         best, most = None, local - 1
         for checkout in reversed(self._checkouts.values()):
@@ -170,8 +185,8 @@ class SchedulerSide:
         match = self._matches.get(request.request_id)
         if match is None:
             return 0, False
-        if match.source is None:
-            match.tokens = self._index_tokens(match, request, local)
+        if match.source is None and not match.is_decided:
+            match.tokens, match.is_decided = self._index_tokens(match, request, local), True
         if match.tokens <= local:
             return 0, False
         if self.blocks is not None and self.blocks.caching:
@@ -183,7 +198,8 @@ class SchedulerSide:
         return match.tokens - local, True
 
     def _index_tokens(self, match: Match, request: Any, local: int) -> int:
-        assert self._index is not None
+        if self._index is None:
+            return 0
         tokens = chain_tokens(match.hashes, request.num_tokens - 1, self._size, self._windows, self._index.has)
         if tokens <= local or not self._index.pays(tokens - local):
             return 0
@@ -217,7 +233,7 @@ class SchedulerSide:
                 name = match.hashes[number].hex() if fill == self._size else None
                 pages.append((Place(group, block, self.blocks.generation[block], fill, name), ref))
         cid = None if match.source is None else match.source.cid
-        self._loading[request.request_id] = {(place.group, ref) for place, ref in pages}
+        self._loading[request.request_id] = {(cid, place.group, ref) for place, ref in pages}
         self._plan.loads.append(Load(request.request_id, cid, pages))
 
     def plan(self, output: Any) -> StepPlan:
@@ -227,6 +243,7 @@ class SchedulerSide:
         if self._index is not None:
             for request_id in output.num_scheduled_tokens:
                 self._save(request_id)
+            self._index.step_begins(output.total_num_scheduled_tokens)
         if self._tails and self.blocks is not None:  # their requests have let go of them by now
             self.blocks.linger(self._tails)
             self._tails = []
@@ -250,12 +267,11 @@ class SchedulerSide:
         """What the workers answered."""
         for request_id in finished:
             self._loading.pop(request_id, None)
-        if report is None:
-            return
-        for request_id in report.failed:  # vLLM decides: it fails, or is computed; not loaded again
-            self._matches.pop(request_id, None)
+        if report is not None:
+            for request_id in report.failed:  # vLLM decides: it fails, or is computed; not loaded again
+                self._matches.pop(request_id, None)
         if self._index is not None:
-            self._index.learn(report)
+            self._index.step_ends(report)
 
     def finished(self, request: Any, block_ids: Sequence[Sequence[int]]) -> None:
         """A request has ended; its blocks are about to be let go."""
@@ -279,12 +295,24 @@ class SchedulerSide:
         for table in (self._live, self._matches, self._salts, self._saved, self._prompts):
             table.pop(request_id, None)
 
+    def close(self) -> None:
+        """Stop threads."""
+        if self._index is not None:
+            self._index.close()
+
+    def forget(self) -> None:
+        """The weights have changed: nothing that was stored fits any more."""
+        self._checkouts.clear()
+        self._finished.clear()
+
     # -- the durable prefix cache --------------------------------------------------------------------------------
 
     def _save(self, request_id: str) -> None:
         """Send a request's newly finished blocks to the workers, but for those that the store has."""
         request = self._live.get(request_id)
-        if request is None or not internals.is_plain(request) or self.blocks is None or request_id in self._salts:
+        if request is None or self._index is None or self.blocks is None or self._manager is None:
+            return
+        if request_id in self._salts or not internals.is_plain(request):
             return
         done = min(internals.computed_tokens(request) // self._size, len(request.block_hashes))
         first = self._saved.get(request_id, 0)
@@ -296,7 +324,9 @@ class SchedulerSide:
             for number in range(first, done):
                 name = request.block_hashes[number]
                 block = table[number]
-                if block and not self._index.has(group, name):
+                if self._index.has(group, name):
+                    self._plan.uses.append((group, name.hex()))
+                elif block:
                     self._plan.saves.append(Place(group, block, self.blocks.generation[block], self._size, name.hex()))
 
     # -- snapshots -----------------------------------------------------------------------------------------------

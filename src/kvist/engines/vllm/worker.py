@@ -20,6 +20,7 @@ import torch
 from kvist.engines.vllm import internals
 from kvist.engines.vllm.messages import CapturePlan, Load, Place, SequencePlan, Start, StepPlan, StepReport
 from kvist.engines.vllm.pages import Done, GroupPages
+from kvist.engines.vllm.saving import Saver
 from kvist.engines.vllm.staging import HostPool
 from kvist.errors import KvistError, MissingPage, NotFound
 from kvist.layout import Layout
@@ -61,7 +62,6 @@ class Counters:
         pages_read: pages read from the store for that, or ahead of it.
         pages_captured: pages copied out for snapshots.
         loads, loads_failed: requests that waited for pages.
-        pages_saved, saves_dropped: blocks for the durable prefix cache.
     """
 
     pages_loaded: int = 0
@@ -69,8 +69,6 @@ class Counters:
     pages_captured: int = 0
     loads: int = 0
     loads_failed: int = 0
-    pages_saved: int = 0
-    saves_dropped: int = 0
 
 
 class WorkerSide:
@@ -82,11 +80,27 @@ class WorkerSide:
     """
 
     def __init__(
-        self, layouts: list[Layout], store: str, host_bytes: int, numerics: Callable[[], dict[str, Any]]
+        self,
+        layouts: list[Layout],
+        store: str,
+        host_bytes: int,
+        numerics: Callable[[], dict[str, Any]],
+        cache_bytes: int | None,
     ) -> None:
+        """Start no thread that does anything yet.
+
+        Args:
+            layouts: of this rank, by group.
+            store: url of the repository.
+            host_bytes: memory for pages on their way, and for those that stay there.
+            numerics: tells what else decides the bits; asked when the model is loaded.
+            cache_bytes: bound of the durable prefix cache, 0: none; ``None``: there is no such cache.
+        """
         self.layouts = layouts
         self.counters = Counters()
         self._store, self._host_bytes, self._numerics = store, host_bytes, numerics
+        self._cache_bytes = cache_bytes
+        self._saver: Saver | None = None
         self._repo: Repository | None = None
         self._runner: Any = None
         self._groups: list[GroupPages] = []
@@ -113,7 +127,9 @@ class WorkerSide:
         ]
         slot = max(group.page_bytes for group in self._groups)
         on_device = any(cache.device.type != "cpu" for cache in caches.values())
-        self._pool = HostPool(max(self._host_bytes, 4 * slot), slot, page_locked=on_device)
+        self._pool = HostPool(max(self._host_bytes, 8 * slot), slot, page_locked=on_device)
+        if self._cache_bytes is not None:
+            self._saver = Saver(lambda: self.repo, self.layouts, self._pool, self._cache_bytes or None)
 
     def attach(self, runner: Any) -> None:
         """The model runner, which holds the generators."""
@@ -125,7 +141,10 @@ class WorkerSide:
 
     def stats(self) -> dict[str, int]:
         """The counters."""
-        return asdict(self.counters)
+        saver = self._saver
+        return asdict(self.counters) | (
+            {} if saver is None else {"blocks_saved": saver.saved, "saves_dropped": saver.dropped}
+        )
 
     @property
     def repo(self) -> Repository:
@@ -147,6 +166,13 @@ class WorkerSide:
                     del self._generators[next(iter(self._generators))]
         for start in plan.starts:
             self._go_on(start)
+        if self._saver is not None:
+            for number, group in enumerate(self._groups):
+                places = [place for place in plan.saves if place.group == number]
+                if places:
+                    self._saver.save(group, places)
+            if plan.uses:
+                self._loaders.submit(self._saver.touch, plan.uses)
         for load in plan.loads:  # once they are to be overwritten, nothing is known of these blocks
             for place, _ in load.pages:
                 self._known.pop((place.group, place.block), None)
@@ -204,6 +230,8 @@ class WorkerSide:
                 self._failed.add(load.request_id)
                 self._bad_blocks |= {place.block for place, _ in load.pages}
                 self._report.failed.append(load.request_id)
+                if load.snapshot is None:
+                    self._report.gone += [(place.group, str(ref)) for place, ref in load.pages]
         else:
             with self._lock:
                 self.counters.loads += 1
@@ -228,13 +256,27 @@ class WorkerSide:
 
     def _digests(self, snapshot: str | None, group: int, refs: Sequence[int | str]) -> list[Digests]:
         if snapshot is None:
-            raise MissingPage("this worker keeps no durable prefix cache")
+            return self._cached(group, [str(ref) for ref in refs])
         with self._lock:
             opened = self._snapshots.get(snapshot)
         if opened is None:
             raise NotFound(f"snapshot {snapshot} is not checked out")
         pages = opened.result()[group]
         return [pages[int(ref)] for ref in refs]
+
+    def _cached(self, group: int, names: Sequence[str]) -> list[Digests]:
+        """Digests of blocks of the durable prefix cache."""
+        if self._saver is None:
+            raise MissingPage("this worker keeps no durable prefix cache")
+        cache = self._saver.cache
+        if any((group, name) not in cache for name in names):
+            cache.refresh()  # another rank, or server, may have stored them since
+        found = [cache.find(group, name) for name in names]
+        for name, pair in zip(names, found, strict=True):
+            if pair is None:
+                raise MissingPage(f"the durable prefix cache holds no block {name} of group {group} any more")
+        cache.touch([(group, name) for name in names])
+        return [pair for pair in found if pair is not None]
 
     def _fetched(self, group: GroupPages, digests: Sequence[Digests]) -> _Slots:
         """Slots that hold these pages, read and verified unless they are there already."""
@@ -458,6 +500,8 @@ class WorkerSide:
 
     def close(self) -> None:
         """Stop the threads."""
+        if self._saver is not None:
+            self._saver.close()
         self._loaders.shutdown(cancel_futures=True)
         self._writer.shutdown(cancel_futures=True)
         if self._repo is not None:

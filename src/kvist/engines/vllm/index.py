@@ -1,0 +1,91 @@
+"""The scheduler's view of the durable prefix cache: which blocks it holds, and whether loading them pays.
+
+A thread follows the branches that the workers of all servers write. Lookups wait for nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from kvist.blocks.policy import Lru
+from kvist.engines.vllm.messages import StepReport
+from kvist.errors import KvistError
+from kvist.layout import Layout
+from kvist.pager.costs import LoadCost
+from kvist.pager.prefix import PrefixCache
+from kvist.repo.repository import Repository
+
+log = logging.getLogger("kvist.vllm")
+
+_EVERY_S: Final = 1.0
+_PREFILL_TOKENS: Final = 64
+"""Steps that compute fewer tokens say little about prefill."""
+
+
+class PrefixIndex:
+    """Blocks that every rank has stored."""
+
+    def __init__(self, store: str, ranks: Sequence[Sequence[Layout]]) -> None:
+        self._store, self._ranks = store, ranks
+        self._bytes_per_token = sum(
+            2 * layout.page_bytes / layout.page_size_tokens for layouts in ranks for layout in layouts
+        )
+        self._cost = LoadCost()
+        self._caches: list[PrefixCache] = []
+        self._step: tuple[int, float] | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="kvist-index", daemon=True)
+        self._thread.start()
+
+    def has(self, group: int, name: bytes) -> bool:
+        """Whether the store has a block's page, of every rank."""
+        key = group, name.hex()
+        return bool(self._caches) and all(key in cache for cache in self._caches)
+
+    def pays(self, tokens: int) -> bool:
+        """Whether to load the pages of ``tokens`` rather than compute them. Ask once a decision."""
+        return self._cost.loads_faster(tokens, int(tokens * self._bytes_per_token))
+
+    def step_begins(self, tokens: int) -> None:
+        """A step will compute so many tokens."""
+        self._step = (tokens, time.perf_counter()) if tokens >= _PREFILL_TOKENS else None
+
+    def step_ends(self, report: StepReport | None) -> None:
+        """It has."""
+        if self._step is not None:
+            tokens, started = self._step
+            self._cost.observe_compute(tokens, time.perf_counter() - started)
+            self._step = None
+        if report is not None:
+            for nbytes, seconds in report.loads:
+                self._cost.observe_load(nbytes, seconds)
+            for group, name in report.gone:
+                for cache in self._caches:
+                    cache.drop(group, name)
+
+    def close(self) -> None:
+        """Stop following."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        repo: Repository | None = None
+        told = ""
+        while not self._stopping.wait(_EVERY_S if self._caches else 0.05):
+            try:
+                if repo is None:
+                    repo = Repository.open(self._store, create=True)
+                    self._caches = [PrefixCache(repo, layouts, max_bytes=None, policy=Lru()) for layouts in self._ranks]
+                for cache in self._caches:
+                    cache.refresh()
+                told = ""
+            except KvistError as error:
+                if str(error) != told:
+                    log.warning("the durable prefix cache cannot be read: %s", error)
+                told = str(error)
+        if repo is not None:
+            repo.close()
