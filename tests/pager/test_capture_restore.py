@@ -263,6 +263,72 @@ def test_mismatched_layouts_are_refused_with_both_values(change: dict[str, objec
     assert target.calls["pause"] == 0
 
 
+PARTS = [
+    dataclasses.replace(LAYOUT, tp_rank=rank, tp_size=2, group=group, n_groups=2, attention=attention, n_layers=layers)
+    for rank in range(2)
+    for group, (attention, layers) in enumerate([("full", 2), ("sliding:6", 3)])
+]
+
+
+def snapshot_of_parts(repo: Repository) -> dict[Layout, SyntheticCachePager]:
+    """Every rank and group of one engine as a pager of its own, and `main`, a snapshot of all of them."""
+    pagers = {layout: SyntheticCachePager(layout) for layout in PARTS}
+    manifests = []
+    for n, (layout, pager) in enumerate(pagers.items()):
+        made = pager.populate(4 - 2 * layout.group, seed=n, sequence_id="tmp", fill=3)
+        del pager._pool.sequences["tmp"]
+        pager.install_logical_seqs([dataclasses.replace(made, id="s", first_page=2 * layout.group)])
+        (cid,) = capture(pager, repo).snapshot.manifests
+        manifests.append(repo.manifest(cid))
+    repo.commit(manifests, branch="main")
+    return pagers
+
+
+@pytest.mark.parametrize("layout", PARTS, ids=lambda layout: f"rank{layout.tp_rank}-group{layout.group}")
+def test_a_pager_of_one_group_gets_the_manifest_of_its_rank_and_group(layout: Layout) -> None:
+    repo = repository()
+    pagers = snapshot_of_parts(repo)
+    target = SyntheticCachePager(layout)
+    restored = restore(target, repo, "main")
+    assert contents(target) == contents(pagers[layout])
+    (seq,) = target.logical_seqs()
+    assert (seq.first_page, seq.cached_tokens(4)) == (2 * layout.group, 15)
+    assert (restored.pages, restored.tokens) == ((2, 7) if layout.group else (4, 15))
+    again = capture(target, repo).snapshot
+    assert again.manifests[0] in repo.snapshot("main").manifests
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"revision": "2"}, ["revision '1' there, '2' here"]),
+        ({"attention": "sliding:7"}, ["attention 'full' there, 'sliding:7' here"]),
+        ({"group": 1}, ["attention 'sliding:6' there, 'full' here", "n_layers 3 there, 2 here"]),
+        ({"tp_rank": 1, "group": 1, "n_layers": 5}, ["n_layers 3 there, 5 here"]),
+        ({"n_groups": 3, "group": 2}, ["group 0 there, 2 here", "n_groups 2 there, 3 here"]),
+        ({"group": 0, "n_groups": 1}, ["n_groups 2 there, 1 here"]),
+        ({"memory_order": "vllm-nhd"}, ["memory_order 'LNHD' there, 'vllm-nhd' here"]),
+    ],
+    ids=str,
+)
+def test_a_pager_that_no_part_fits_is_refused_with_the_nearest(change: dict[str, object], names: list[str]) -> None:
+    repo = repository()
+    snapshot_of_parts(repo)
+    target = SyntheticCachePager(dataclasses.replace(PARTS[0], **change))  # type: ignore[arg-type]
+    with pytest.raises(LayoutMismatch) as refusal:
+        restore(target, repo, "main")
+    assert all(name in str(refusal.value) for name in names), refusal.value
+    assert target.calls["pause"] == 0
+    assert "tp_rank" not in str(refusal.value)
+
+
+def test_an_engine_of_one_group_refuses_a_snapshot_of_several() -> None:
+    repo = repository()
+    snapshot_of_parts(repo)
+    with pytest.raises(LayoutMismatch, match="n_groups 2 there, 1 here"):
+        restore(SyntheticCachePager(LAYOUT), repo, "main")
+
+
 def test_a_missing_segment_is_a_missing_page() -> None:
     store = MemoryStore()
     repo = repository(store)
