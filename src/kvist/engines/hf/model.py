@@ -26,9 +26,9 @@ from torch.nn.functional import cosine_similarity
 
 from kvist.engines.hf.cache import PagedCache
 from kvist.engines.hf.load import max_positions, open_model, probe
-from kvist.engines.revision import revision
 from kvist.engines.hf.pool import PagePool
 from kvist.engines.hf.sampling import Row
+from kvist.engines.revision import revision
 from kvist.errors import UnsupportedModel
 from kvist.layout import Layout
 

@@ -22,7 +22,7 @@ from kvist.engines.vllm.messages import CapturePlan, Load, Place, SequencePlan, 
 from kvist.engines.vllm.pages import Done, GroupPages
 from kvist.engines.vllm.saving import Saver
 from kvist.engines.vllm.staging import HostPool
-from kvist.errors import KvistError, MissingPage, NotFound
+from kvist.errors import IntegrityError, KvistError, MissingPage, NotFound
 from kvist.layout import Layout
 from kvist.repo.manifest import LogicalSeq, Manifest, PageEntry
 from kvist.repo.repository import Repository
@@ -225,19 +225,20 @@ class WorkerSide:
                 log.error("request %s: its pages cannot be had: %s", load.request_id, error)
             else:
                 log.exception("request %s: loading failed", load.request_id)
+            gone = self._forget(load) if isinstance(error, IntegrityError) else []
             with self._lock:
+                self._report.gone += gone
                 self.counters.loads_failed += 1
                 self._failed.add(load.request_id)
                 self._bad_blocks |= {place.block for place, _ in load.pages}
                 self._report.failed.append(load.request_id)
-                if load.snapshot is None:
-                    self._report.gone += [(place.group, str(ref)) for place, ref in load.pages]
         else:
             with self._lock:
                 self.counters.loads += 1
                 self.counters.pages_loaded += len(load.pages)
                 self._arrived.add(load.request_id)
-                self._report.loads.append((nbytes, time.perf_counter() - started))
+                if nbytes:
+                    self._report.loads.append((nbytes, time.perf_counter() - started))
 
     def _bring(self, load: Load, after: Done) -> int:
         assert self._pool is not None
@@ -277,6 +278,19 @@ class WorkerSide:
                 raise MissingPage(f"the durable prefix cache holds no block {name} of group {group} any more")
         cache.touch([(group, name) for name in names])
         return [pair for pair in found if pair is not None]
+
+    def _forget(self, load: Load) -> list[tuple[int, str]]:
+        """Drop blocks that the durable prefix cache names and the store holds no whole page of."""
+        if load.snapshot is not None or self._saver is None:
+            return []
+        cache, pages = self._saver.cache, self.repo.pages
+        gone = []
+        for place, ref in load.pages:
+            pair = cache.find(place.group, str(ref))
+            if pair is None or any(pages.size(half) is None for half in pair):
+                cache.drop(place.group, str(ref))
+                gone.append((place.group, str(ref)))
+        return gone
 
     def _fetched(self, group: GroupPages, digests: Sequence[Digests]) -> _Slots:
         """Slots that hold these pages, read and verified unless they are there already."""
