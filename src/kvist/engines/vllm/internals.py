@@ -144,7 +144,7 @@ def numerics(vllm_config: Any, kv_cache_config: Any) -> dict[str, Any]:
     return {
         "engine": "vllm",
         "vllm": release(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "device": "cpu" if device.is_cpu() else device.get_device_name(),
         "threads": torch.get_num_threads(),
         "attention": attention_isa(spec) or "default",

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from kvist.engines.vllm.matching import Stored
 from kvist.errors import EngineError, InvalidInput, KvistError
 
@@ -27,11 +29,16 @@ def register() -> None:
 
 
 def _answer(core: Any, op: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """In the engine core, between two steps. Errors come back as values: vLLM would keep only their text."""
+    """In the engine core, between two steps. Errors come back as values: vLLM would keep only their text.
+
+    An answer is encoded here once before vLLM does: one that it could not encode would end its output thread.
+    """
     try:
         if op not in _OPS:
             raise InvalidInput(f"unknown call {op!r:.80}")
-        return _OPS[op](_Core(core), payload)
+        answer = _OPS[op](_Core(core), payload)
+        msgspec.msgpack.encode(answer)
+        return answer
     except KvistError as error:
         return _error(error)
     except Exception as error:
