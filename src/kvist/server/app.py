@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -18,15 +18,13 @@ from kvist.server.plan import Served
 from kvist.server.schema import BODY_MAX
 from kvist.server.sessions import Sessions
 from kvist.server.snapshots import Snapshots
-from kvist.server.wire import CLIENT_GONE, json_response
+from kvist.server.wire import Endpoint, guarded, json_response
 
 if TYPE_CHECKING:
     from kvist.engines.hf import Engine, SamplingParams
     from kvist.pager.base import CachePager
     from kvist.repo import Repository
     from kvist.server.tokenizer import Tokenizer
-
-_Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(
@@ -60,7 +58,7 @@ def create_app(
     )
     requests = Requests()
     openai, snapshots = OpenAI(served, requests), Snapshots(served.sessions, requests, body_max)
-    routes: list[tuple[str, str, _Endpoint]] = [
+    routes: list[tuple[str, str, Endpoint]] = [
         ("GET", "/health", _health),
         ("GET", "/version", _version),
         ("GET", "/v1/models", openai.models),
@@ -68,34 +66,20 @@ def create_app(
         ("POST", "/v1/completions", openai.completions),
         ("POST", "/v1/chat/completions", openai.chat),
         ("POST", "/v1/processfork/snapshot", snapshots.snapshot),
-        ("POST", "/v1/processfork/fork", snapshots.fork),
+        ("POST", "/v1/processfork/fork", snapshots.history.fork),
         ("POST", "/v1/processfork/checkout", snapshots.checkout),
-        ("GET", "/v1/processfork/snapshots", snapshots.log),
-        ("GET", "/v1/processfork/snapshots/{rev:path}", snapshots.show),
-        ("GET", "/v1/processfork/lineage", snapshots.lineage),
+        ("GET", "/v1/processfork/snapshots", snapshots.history.log),
+        ("GET", "/v1/processfork/snapshots/{rev:path}", snapshots.history.show),
+        ("GET", "/v1/processfork/lineage", snapshots.history.lineage),
         ("GET", "/v1/processfork/sequences", snapshots.sequences),
         ("DELETE", "/v1/processfork/sequences/{id:path}", snapshots.drop),
     ]
     app = Starlette(
-        routes=[Route(path, _guarded(endpoint), methods=[method]) for method, path, endpoint in routes],
+        routes=[Route(path, guarded(endpoint), methods=[method]) for method, path, endpoint in routes],
         exception_handlers={HTTPException: _http_error},
     )
     app.state.served = served
     return app
-
-
-def _guarded(endpoint: _Endpoint) -> _Endpoint:
-    """``endpoint``, with whatever it raises as an answer."""
-
-    async def guarded(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except ClientDisconnect:  # while its body was read; nobody sees the answer
-            return Response(status_code=CLIENT_GONE)
-        except Exception as error:
-            return error_response(error)
-
-    return guarded
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

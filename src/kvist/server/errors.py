@@ -46,6 +46,12 @@ class BodyTooLarge(InvalidInput):
     kind = "body_too_large"
 
 
+class NoConnector(EngineError):
+    """A server of vLLM whose engine was started without kvist's connector, or without its plugin."""
+
+    kind = "no_connector"
+
+
 STATUS: Final[dict[type[KvistError], int]] = {
     InvalidInput: 400,
     BodyTooLarge: 413,
@@ -60,6 +66,7 @@ STATUS: Final[dict[type[KvistError], int]] = {
     EngineError: 503,
     PoolExhausted: 503,
     UnsupportedModel: 501,
+    NoConnector: 501,
     KvistError: 500,
 }
 """HTTP status by error class; a class that is not here has its nearest base's."""

@@ -192,6 +192,13 @@ class CheckoutBody(Struct, forbid_unknown_fields=True):
     sequences: list[str] | None = None
 
 
+class VllmCheckoutBody(CheckoutBody):
+    """``POST /v1/processfork/checkout`` where the engine is vLLM, which brings pages in when requests need them."""
+
+    preload: bool = False
+    verify: bool = True
+
+
 _Body = TypeVar("_Body", bound=Struct)
 _PATH: Final = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
 _FIELD: Final = re.compile(r"(?:unknown|missing required) field `([^`]*)`")

@@ -9,28 +9,24 @@ copies only pages that none of them has.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from kvist.errors import Conflict, InvalidInput, NotFound
+from kvist.errors import InvalidInput, NotFound
 from kvist.ids import check_name, short
 from kvist.pager.arena import Arena
 from kvist.pager.base import CachePager
 from kvist.pager.capture import Captured, capture
 from kvist.pager.restore import Restored, restore
-from kvist.repo import LogicalSeq, Manifest, RefKind, Repository
-from kvist.repo.lineage import ancestors
-from kvist.repo.objects import snapshot_key
+from kvist.repo import LogicalSeq, Manifest, Repository
+from kvist.server.heads import Heads
 
 if TYPE_CHECKING:
     from kvist.engines.hf import Engine
 
-_REMEMBERED: Final = 10_000
 _OURS: Final = re.compile(r"^(?:[0-9a-f]{12}/)+")
 
 
@@ -79,14 +75,14 @@ class Sessions:
         self._pager = pager
         self._captures, self._checkouts, self._memory = threading.Lock(), threading.Lock(), threading.Lock()
         self._arenas = Arena(), Arena()
-        self._heads: OrderedDict[str, str] = OrderedDict()
+        self._heads = Heads(repo)
         self._engine_heads: dict[str, tuple[str, ...]] = {}  # head to its sequences in the engine; () for a capture
 
     # -- heads ---------------------------------------------------------------------------------------------------
 
     def head(self, sequence_id: str) -> str | None:
         """HEAD of a sequence."""
-        return self._heads.get(sequence_id)
+        return self._heads.of(sequence_id)
 
     def engine_heads(self) -> list[str]:
         """The engine's heads: of what was checked out, only those of which a sequence is still there."""
@@ -96,12 +92,7 @@ class Sessions:
 
     def set_head(self, sequence_ids: Iterable[str], cid: str) -> None:
         """Say that sequences continue ``cid``."""
-        with self._memory:
-            for name in sequence_ids:
-                self._heads[name] = cid
-                self._heads.move_to_end(name)
-            while len(self._heads) > _REMEMBERED:
-                self._heads.popitem(last=False)
+        self._heads.set(sequence_ids, cid)
 
     # -- snapshot ------------------------------------------------------------------------------------------------
 
@@ -148,28 +139,8 @@ class Sessions:
             return done
 
     def _parents(self, sequence_ids: Collection[str] | None, branch: str, given: Sequence[str] | None) -> list[str]:
-        tip = self.repo.refs.read(RefKind.BRANCH, branch)
-        if given is not None:
-            cids = list(dict.fromkeys(self.repo.resolve(rev) for rev in given))
-            if tip is not None and tip.cid is not None and not self._reaches(cids, tip.cid):
-                raise Conflict(
-                    f"branch {branch} names {tip.cid}, from which the given parents do not descend",
-                    hint="take another branch, or leave the parents out",
-                )
-            return cids
         heads = self.engine_heads() if sequence_ids is None else [self.head(name) for name in sequence_ids]
-        # a gc may have taken a head that no branch named any more
-        cids = list(dict.fromkeys(cid for cid in heads if cid and self.repo.objects.has(snapshot_key(cid))))
-        if tip is not None and tip.cid is not None and not self._reaches(cids, tip.cid):
-            cids.append(tip.cid)
-        return cids
-
-    def _reaches(self, cids: list[str], wanted: str) -> bool:
-        if wanted in cids:
-            return True
-        with contextlib.suppress(NotFound):  # an ancestor that was pruned: nothing behind it is reached
-            return wanted in ancestors(cids, lambda cid: self.repo.objects.snapshot(cid).parents)
-        return False
+        return self._heads.parents(heads, branch, given)
 
     # -- checkout ------------------------------------------------------------------------------------------------
 

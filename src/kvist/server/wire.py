@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 import anyio
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -20,6 +20,23 @@ _T = TypeVar("_T")
 _DONE: Final = b"data: [DONE]\n\n"
 CLIENT_GONE: Final = 499
 """Status, by nginx's convention, of an answer that nobody is there to get."""
+
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def guarded(endpoint: Endpoint) -> Endpoint:
+    """``endpoint``, with whatever it raises as an answer."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except ClientDisconnect:  # while its body was read; nobody sees the answer
+            return Response(status_code=CLIENT_GONE)
+        except Exception as error:
+            return error_response(error)
+
+    return answer
 
 
 def json_response(document: Any, headers: dict[str, str] | None = None) -> Response:

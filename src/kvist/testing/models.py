@@ -15,7 +15,20 @@ from typing import Any, Final
 from kvist.errors import InvalidInput
 
 FAMILIES: Final = ("llama", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3", "mistral", "qwen3_moe")
-"""Model families that `make_model` can make."""
+"""Model families that `make_model` can make; ``"deepseek_v2"`` too, whose latent cache only serving engines page."""
+
+SHAPES: Final[dict[str, dict[str, Any]]] = {
+    "tiny": {"family": "llama"},
+    "windows": {"family": "gemma3", "layers": 6, "full_every": 3, "sliding_window": 64},
+    "latent": {"family": "deepseek_v2", "heads": 4},
+    "realistic": {"family": "llama", "layers": 15, "hidden": 1024, "heads": 16, "kv_heads": 8},
+}
+"""Models that a serving engine loads, by what they are for, as arguments of `make_model`.
+
+``tiny``: 2.6 million parameters, grouped queries. ``windows``: two layers with a sliding window to each with full
+attention. ``latent``: one latent vector a token in place of K and V (MLA). ``realistic``: 143 million parameters, so
+that a prefill costs what it costs.
+"""
 
 BOS_ID: Final = 1
 EOS_ID: Final = 2
@@ -46,6 +59,7 @@ def make_model(
     vocab: int = 512,
     max_len: int = 8192,
     sliding_window: int = 24,
+    full_every: int = 2,
     dtype: str = "float32",
     seed: int = 0,
 ) -> Path:
@@ -64,7 +78,8 @@ def make_model(
         head_dim: elements of one head; default ``hidden // heads``.
         vocab: ids; at least 263 if `make_tokenizer` is to fit.
         max_len: positions of the model.
-        sliding_window: window of the families that have one (Gemma: every other layer; Mistral: all).
+        sliding_window: window of the families that have one (Gemma; Mistral: all layers).
+        full_every: of Gemma's layers each so-many-th has full attention, the others the window.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; how the weights are stored.
         seed: of the weights. Same arguments, same file, on one version of torch.
 
@@ -81,7 +96,7 @@ def make_model(
     logging.disable_progress_bar()
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InvalidInput(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    settings = _settings(family, layers, hidden, heads, kv_heads, head_dim, vocab, max_len, sliding_window)
+    settings = _settings(family, layers, hidden, heads, kv_heads, head_dim, vocab, max_len, sliding_window, full_every)
     model_type = "gemma3_text" if family == "gemma3" else family
     config = AutoConfig.for_model(model_type, **settings, bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=0)
     config.dtype = dtype
@@ -94,7 +109,11 @@ def make_model(
                 # Conv1D (GPT-2) stores [in, out], Linear [out, in]; gain 1 keeps the stream's variance either way.
                 fan_in = parameter.shape[-2] if family == "gpt2" else parameter.shape[-1]
                 scale = 0.7 if "lm_head" not in name and embedding else (3.0 if embedding else 1.6) / fan_in**0.5
+                if family in ("gemma2", "gemma3") and "lm_head" not in name and embedding:
+                    scale /= hidden**0.5  # Gemma multiplies by that; else the last token would drown all context
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            elif family == "gemma3" and name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.fill_(1.0)  # of unit size, queries and keys would attend to all tokens nearly alike
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size="100GB")
@@ -111,6 +130,7 @@ def _settings(
     vocab: int,
     max_len: int,
     sliding_window: int,
+    full_every: int,
 ) -> dict[str, Any]:
     """The family's own names for the arguments of `make_model`."""
     if family == "gpt2":
@@ -137,14 +157,40 @@ def _settings(
     kinds = ["sliding_attention", "full_attention"]
     if family in ("gemma2", "gemma3"):
         settings |= {"sliding_window": sliding_window, "query_pre_attn_scalar": head_dim}
-        settings["layer_types"] = [kinds[n % 2] for n in range(layers)]
+        settings["layer_types"] = [kinds[(n + 1) % full_every == 0] for n in range(layers)]
     elif family == "mistral":
         settings["sliding_window"] = sliding_window
+    elif family == "deepseek_v2":
+        # The latent widths of the real models: attention kernels are written for them. No layer is a mixture.
+        settings |= {"kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64}
+        settings |= {"v_head_dim": 32, "first_k_dense_replace": layers, "num_key_value_heads": heads, "head_dim": 64}
+        settings |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
     elif family == "qwen3_moe":
         settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden}
     elif family not in FAMILIES:
         raise InvalidInput(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     return settings
+
+
+def make_shape(directory: str | Path, shape: str, *, dtype: str = "float32", **changes: Any) -> Path:
+    """Write one of `SHAPES` with its tokenizer, for a serving engine to load.
+
+    Args:
+        directory: made if missing.
+        shape: key of `SHAPES`.
+        dtype: as in `make_model`.
+        **changes: further arguments of `make_model`.
+
+    Returns:
+        ``directory`` as a path.
+
+    Raises:
+        InvalidInput: the shape is not known, or what `make_model` refuses.
+    """
+    if shape not in SHAPES:
+        raise InvalidInput(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    settings = SHAPES[shape] | {"dtype": dtype} | changes
+    return make_tokenizer(make_model(directory, **settings), vocab=settings.get("vocab", 512))
 
 
 def make_tokenizer(directory: str | Path, *, vocab: int = 512) -> Path:

@@ -40,7 +40,7 @@ class Worker:
             store: url of the repository.
             *options: further options of `kvist serve`.
         """
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx2.Client(base_url=self.url, timeout=None, limits=httpx2.Limits(max_connections=None))
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by the worker's end
@@ -107,7 +107,8 @@ class Worker:
         self.stop()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -68,7 +68,7 @@ def stored(name: str, tokens: list[int], cached: int) -> Stored:
 
 
 def checkout(*sequences: Stored) -> Checkout:
-    return Checkout("cid", [{}], sequences, [None], SIZE)
+    return Checkout("content", [{}], sequences, [None], SIZE)
 
 
 def test_the_longest_sequence_that_begins_the_request_is_found() -> None:

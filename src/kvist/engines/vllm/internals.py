@@ -8,6 +8,7 @@ test-vllm`, and widen `VERSIONS`.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -329,16 +330,25 @@ def transfer_results(finished: set[str], failed: set[str]) -> Any:
 # -- the way in --------------------------------------------------------------------------------------------------
 
 
-def answer_calls(name: str, answer: Callable[[Any, str, dict[str, Any]], dict[str, Any]]) -> None:
+def enter_core(
+    name: str, answer: Callable[[Any, str, dict[str, Any]], dict[str, Any]], prepare: Callable[[Any], None]
+) -> None:
     """Let ``collective_rpc(name, args=(op, payload))`` reach the engine core, and ``answer`` there.
 
-    ``answer`` gets the engine core. It runs in its thread, between two steps. Idempotent.
+    Both get the engine core and run in its thread, between two steps; ``prepare`` before its first request. Idempotent.
     """
     from vllm.v1.engine.core import EngineCore
 
-    inner = EngineCore.collective_rpc
+    inner, add = EngineCore.collective_rpc, EngineCore.add_request
     if getattr(inner, "answers", None) == name:
         return
+    prepared: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self not in prepared:
+            prepared.add(self)
+            prepare(self)
+        return add(self, *args, **kwargs)
 
     def collective_rpc(
         self: Any, method: Any, timeout: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -349,3 +359,4 @@ def answer_calls(name: str, answer: Callable[[Any, str, dict[str, Any]], dict[st
 
     collective_rpc.answers = name  # type: ignore[attr-defined]
     EngineCore.collective_rpc = collective_rpc
+    EngineCore.add_request = add_request

@@ -73,20 +73,20 @@ class Checkout:
     """A snapshot that requests may continue.
 
     Attributes:
-        cid: its name.
+        content: what it holds, by a digest of its manifests; forks of one snapshot have one.
         by_hash: by group: page ``ix`` by block hash.
         sequences: by id.
     """
 
     def __init__(
         self,
-        cid: str,
+        content: str,
         by_hash: list[dict[bytes, int]],
         sequences: Sequence[Stored],
         windows: Sequence[int | None],
         size: int,
     ) -> None:
-        self.cid, self.by_hash = cid, by_hash
+        self.content, self.by_hash = content, by_hash
         self.sequences = {stored.id: stored for stored in sequences}
         self._windows, self._size = windows, size
         self._starts: dict[tuple[int, ...], list[Stored]] = {}

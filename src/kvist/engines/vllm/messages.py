@@ -33,12 +33,12 @@ class Load:
 
     Attributes:
         request_id: vLLM's id.
-        snapshot: cid that the pages come from, or ``None``: the durable prefix cache.
+        content: of the snapshot that the pages come from, or ``None``: the durable prefix cache.
         pages: where to put what: a page ``ix`` of the snapshot's manifests, or a block hash.
     """
 
     request_id: str
-    snapshot: str | None
+    content: str | None
     pages: list[tuple[Place, int | str]]
 
 

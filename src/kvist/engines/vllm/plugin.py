@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -25,7 +27,13 @@ def register() -> None:
     """Entry point ``vllm.general_plugins: kvist``. Loaded in every process of vLLM; idempotent."""
     from kvist.engines.vllm import internals
 
-    internals.answer_calls(CALL, _answer)
+    internals.enter_core(CALL, _answer, _prepare)
+
+
+def _prepare(core: Any) -> None:
+    """Make the sides known to what holds the tables: vLLM does not tell a connector of all of it."""
+    with contextlib.suppress(EngineError):  # no connector, nothing to prepare
+        _Core(core).workers("describe")
 
 
 def _answer(core: Any, op: str, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,14 +173,22 @@ def _release(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checkout(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
-    core.workers("open", payload["cid"], payload["manifests"])
+    content = _content(payload["manifests"])
+    core.workers("open", content, payload["manifests"])
     by_hash = [
         {bytes.fromhex(name): ix for ix, name in group["pages"] if name is not None} for group in payload["groups"]
     ]
     size = core.scheduler.layouts[0].page_size_tokens
     sequences = [_stored(sequence, size) for sequence in payload["sequences"]]
-    core.scheduler.check_out(payload["cid"], by_hash, sequences)
+    dropped = core.scheduler.check_out(payload["cid"], content, by_hash, sequences)
+    if dropped:
+        core.workers("forget", dropped)
     return {"ok": True}
+
+
+def _content(manifests: Sequence[Sequence[str]]) -> str:
+    """One name for what the manifests of all ranks and groups hold."""
+    return hashlib.sha256(" ".join(cid for rank in manifests for cid in rank).encode()).hexdigest()
 
 
 def _stored(sequence: Mapping[str, Any], size: int) -> Stored:
@@ -187,7 +203,7 @@ def _stored(sequence: Mapping[str, Any], size: int) -> Stored:
 
 
 def _preload(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
-    answers = core.workers("preload", payload["cid"])
+    answers = core.workers("preload", core.scheduler.content(payload["cid"]))
     return {
         "done": all(answer["done"] for answer in answers),
         "pages": answers[0]["pages"],

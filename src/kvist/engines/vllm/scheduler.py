@@ -25,7 +25,7 @@ from kvist.ids import check_name
 from kvist.layout import Layout
 
 CHECKOUTS_MAX: Final = 64
-"""Snapshots that requests may match; the one used longest ago goes first."""
+"""Snapshots that requests may continue; the one checked out, or named, longest ago goes first."""
 FINISHED_MAX: Final = 1024
 """Finished requests that can still be snapshotted, as far as their blocks are in place."""
 _SUFFIX: Final = re.compile(r"-[0-9a-f]{8}\Z")
@@ -36,7 +36,7 @@ _SAMPLING: Final = (
 
 
 _Wanted = tuple[str | None, int, int | str]
-"""Snapshot, group and reference of a page."""
+"""Content of the snapshot, group and reference of a page."""
 
 
 @dataclass(slots=True)
@@ -147,7 +147,7 @@ class SchedulerSide:
         stored = None if checkout is None else checkout.sequences.get(wanted.get("sequence", ""))
         if checkout is None or stored is None or not starts_with(request.prompt_token_ids, stored):
             return None
-        self._checkouts.move_to_end(checkout.cid)
+        self._checkouts.move_to_end(wanted["snapshot"])
         return Match(checkout, stored.cached, stored, list(request.block_hashes))
 
     def _best(self, request: Any) -> Match | None:
@@ -160,7 +160,8 @@ class SchedulerSide:
             return None if self._index is None else Match(None, 0, None, hashes)
         local = internals.local_hit(self._manager, request)
         best, most = None, local - 1
-        for checkout in reversed(self._checkouts.values()):
+        by_content = {checkout.content: checkout for checkout in self._checkouts.values()}
+        for checkout in reversed(by_content.values()):
             stored = checkout.longest(request.prompt_token_ids)
             chain = checkout.chain(hashes, limit)
             if stored is not None and stored.cached < chain:
@@ -172,8 +173,7 @@ class SchedulerSide:
                 reach = max(tokens, internals.local_hit(self._manager, request))
             if reach > most:
                 best, most = Match(checkout, tokens, stored, hashes), reach
-        if best is not None and best.source is not None:
-            self._checkouts.move_to_end(best.source.cid)
+        if best is not None:
             return best
         return None if self._index is None else Match(None, 0, None, hashes)
 
@@ -232,9 +232,9 @@ class SchedulerSide:
                 fill = min(self._size, match.tokens - number * self._size)
                 name = match.hashes[number].hex() if fill == self._size else None
                 pages.append((Place(group, block, self.blocks.generation[block], fill, name), ref))
-        cid = None if match.source is None else match.source.cid
-        self._loading[request.request_id] = {(cid, place.group, ref) for place, ref in pages}
-        self._plan.loads.append(Load(request.request_id, cid, pages))
+        content = None if match.source is None else match.source.content
+        self._loading[request.request_id] = {(content, place.group, ref) for place, ref in pages}
+        self._plan.loads.append(Load(request.request_id, content, pages))
 
     def plan(self, output: Any) -> StepPlan:
         """What to tell the workers with this step."""
@@ -331,12 +331,28 @@ class SchedulerSide:
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
-    def check_out(self, cid: str, by_hash: list[dict[bytes, int]], sequences: Sequence[Stored]) -> None:
-        """Let requests continue a snapshot; see `Checkout`."""
-        self._checkouts[cid] = Checkout(cid, by_hash, sequences, self._windows, self._size)
+    def check_out(
+        self, cid: str, content: str, by_hash: list[dict[bytes, int]], sequences: Sequence[Stored]
+    ) -> list[str]:
+        """Let requests continue a snapshot; see `Checkout`. Returns contents that none can continue any more."""
+        self._checkouts[cid] = Checkout(content, by_hash, sequences, self._windows, self._size)
         self._checkouts.move_to_end(cid)
+        dropped = []
         while len(self._checkouts) > CHECKOUTS_MAX:
-            self._checkouts.popitem(last=False)
+            dropped.append(self._checkouts.popitem(last=False)[1].content)
+        kept = {checkout.content for checkout in self._checkouts.values()}
+        kept |= {match.source.content for match in self._matches.values() if match.source is not None}
+        return [name for name in dropped if name not in kept]
+
+    def content(self, cid: str) -> str:
+        """What a snapshot that is checked out holds.
+
+        Raises:
+            NotFound: it is not.
+        """
+        if cid not in self._checkouts:
+            raise NotFound(f"snapshot {cid} is not checked out")
+        return self._checkouts[cid].content
 
     @property
     def checkouts(self) -> list[str]:
@@ -485,8 +501,8 @@ def _window(layout: Layout) -> int | None:
 
 
 def _salt(checkout: Checkout, salt: str | None) -> str:
-    """What keeps a snapshot's blocks to those that continue it, and tenants apart as they were."""
-    return f"kvist:{checkout.cid}" if salt is None else f"kvist:{checkout.cid}:{salt}"
+    """What keeps a snapshot's blocks to those that continue it, or a fork of it, and tenants apart as they were."""
+    return f"kvist:{checkout.content}" if salt is None else f"kvist:{checkout.content}:{salt}"
 
 
 def _draws(params: Any) -> bool:
@@ -541,7 +557,7 @@ def _is_called(request_id: str, wanted: str) -> bool:
     name = _SUFFIX.sub("", request_id)
     if wanted in (request_id, name):
         return True
-    return re.fullmatch(rf"(?:(?:chat)?cmpl-)?{re.escape(wanted)}(?:-\d+)?", name) is not None
+    return re.fullmatch(rf"(?:\d+_)?(?:(?:chat)?cmpl-)?{re.escape(wanted)}(?:-\d+)?", name) is not None
 
 
 def _make_unique(sequences: list[SequencePlan]) -> None:

@@ -31,7 +31,6 @@ log = logging.getLogger("kvist.vllm")
 
 _CHUNK: Final = 32 << 20
 """Bytes that one load brings in at a time, or one call copies out."""
-_MANIFESTS_MAX: Final = 64
 _GENERATORS_MAX: Final = 1024
 
 Digests = tuple[str, str]
@@ -246,7 +245,7 @@ class WorkerSide:
         for number, group in enumerate(self._groups):
             pages = [(place, ref) for place, ref in load.pages if place.group == number]
             for part in self._parts(pages, group.page_bytes):
-                digests = self._digests(load.snapshot, number, [ref for _, ref in part])
+                digests = self._digests(load.content, number, [ref for _, ref in part])
                 with self._fetched(group, digests) as slots:
                     group.write([place.block for place, _ in part], self._pool.rows, slots, after).wait()
                 nbytes += len(part) * group.page_bytes
@@ -255,13 +254,13 @@ class WorkerSide:
                         self._known[number, place.block] = place.generation, place.fill, pair
         return nbytes
 
-    def _digests(self, snapshot: str | None, group: int, refs: Sequence[int | str]) -> list[Digests]:
-        if snapshot is None:
+    def _digests(self, content: str | None, group: int, refs: Sequence[int | str]) -> list[Digests]:
+        if content is None:
             return self._cached(group, [str(ref) for ref in refs])
         with self._lock:
-            opened = self._snapshots.get(snapshot)
+            opened = self._snapshots.get(content)
         if opened is None:
-            raise NotFound(f"snapshot {snapshot} is not checked out")
+            raise NotFound("the snapshot is not checked out any more")
         pages = opened.result()[group]
         return [pages[int(ref)] for ref in refs]
 
@@ -281,7 +280,7 @@ class WorkerSide:
 
     def _forget(self, load: Load) -> list[tuple[int, str]]:
         """Drop blocks that the durable prefix cache names and the store holds no whole page of."""
-        if load.snapshot is not None or self._saver is None:
+        if load.content is not None or self._saver is None:
             return []
         cache, pages = self._saver.cache, self.repo.pages
         gone = []
@@ -331,11 +330,11 @@ class WorkerSide:
 
     # -- checkouts -----------------------------------------------------------------------------------------------
 
-    def open(self, cid: str, manifests: Sequence[Sequence[str]]) -> None:
+    def open(self, content: str, manifests: Sequence[Sequence[str]]) -> None:
         """Read a snapshot's manifests of this rank, in a thread; loads wait for it.
 
         Args:
-            cid: the snapshot.
+            content: the name of what they hold.
             manifests: cids by rank, by group.
         """
 
@@ -344,30 +343,34 @@ class WorkerSide:
             return [{page.ix: (page.k, page.v) for page in self.repo.manifest(name).pages} for name in mine]
 
         with self._lock:
-            opened = self._snapshots.pop(cid, None)
+            opened = self._snapshots.pop(content, None)
             if opened is None or (opened.done() and opened.exception() is not None):
                 opened = self._loaders.submit(read)
-            self._snapshots[cid] = opened
-            while len(self._snapshots) > _MANIFESTS_MAX:
-                del self._snapshots[next(iter(self._snapshots))]
+            self._snapshots[content] = opened
 
-    def preload(self, cid: str) -> dict[str, Any]:
+    def forget(self, contents: Sequence[str]) -> None:
+        """No request continues these snapshots any more."""
+        with self._lock:
+            for content in contents:
+                self._snapshots.pop(content, None)
+
+    def preload(self, content: str) -> dict[str, Any]:
         """Bring a snapshot's pages into host memory, as many as it has room for; poll until ``done``.
 
         Raises:
             KvistError: a page cannot be had.
         """
         with self._lock:
-            opened = self._snapshots.get(cid)
-            running = self._preloads.get(cid)
+            opened = self._snapshots.get(content)
+            running = self._preloads.get(content)
             if opened is not None and running is None:
-                running = self._preloads[cid] = self._writer.submit(self._bring_ahead, opened)
+                running = self._preloads[content] = self._writer.submit(self._bring_ahead, opened)
         if opened is None or running is None:
-            raise NotFound(f"snapshot {cid} is not checked out")
+            raise NotFound("the snapshot is not checked out")
         if not running.done():
             return {"done": False, "pages_loaded": 0, "pages": 0}
         with self._lock:
-            self._preloads.pop(cid, None)
+            self._preloads.pop(content, None)
         return {"done": True, "pages_loaded": running.result(), "pages": sum(map(len, opened.result()))}
 
     def _bring_ahead(self, opened: Future[list[dict[int, Digests]]]) -> int:

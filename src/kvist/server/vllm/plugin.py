@@ -1,0 +1,176 @@
+"""How vLLM takes kvist in: its endpoint plugin, and a middleware for versions that know no such plugins.
+
+Knows how vLLM's API server is put together (0.28 to 0.32); duck-typed, without vllm. Puts the package together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import secrets
+from typing import Any, Final
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kvist.errors import EngineError, KvistError
+from kvist.server.errors import error_response
+from kvist.server.schema import BODY_MAX, SnapshotBody, VllmCheckoutBody, read_body
+from kvist.server.vllm.client import EngineClient
+from kvist.server.vllm.resume import Resume, may_name_a_snapshot, path_of
+from kvist.server.vllm.snapshots import Snapshots
+from kvist.server.wire import Endpoint, guarded, json_response
+
+log = logging.getLogger("kvist.server")
+
+PREFIX: Final = "/v1/processfork"
+
+
+class EndpointPlugin:
+    """vLLM's ``EndpointPlugin`` (from 0.26): the routes and the middleware, inside its authentication.
+
+    Attributes:
+        name: must be named in ``VLLM_PLUGINS``.
+        required_tasks: without these there is nothing to snapshot.
+    """
+
+    name = "kvist"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._snapshots = Snapshots()
+        self._opening: asyncio.Task[None] | None = None
+
+    def attach_router(self, app: Any) -> None:
+        """Add routes and middleware to vLLM's FastAPI application.
+
+        What is added now comes to lie inside all middleware that vLLM adds later, authentication among it.
+        """
+        app.mount(PREFIX, routes(self._snapshots))
+        app.add_middleware(Resume, snapshots=self._snapshots)
+
+    async def init_state(self, engine_client: EngineClient | None, state: Any, args: Any) -> None:
+        """Take the engine, and begin to open the repository. A store out of reach does not keep the server down."""
+        self._snapshots.attach(engine_client)
+        if engine_client is not None:
+            self._opening = asyncio.create_task(self._open())
+
+    async def _open(self) -> None:
+        try:
+            await self._snapshots.open()
+        except KvistError as error:
+            log.warning("snapshots are not available yet: %s%s", error, f" ({error.hint})" if error.hint else "")
+        except Exception:
+            log.exception("snapshots are not available yet")
+
+
+def endpoint_plugin() -> EndpointPlugin:
+    """Entry point ``vllm.endpoint_plugins: kvist``."""
+    return EndpointPlugin()
+
+
+class KvistMiddleware:
+    """The same as ASGI middleware, ``--middleware kvist.server.vllm.KvistMiddleware``, for older vLLM.
+
+    Middleware that is added so lies outside vLLM's authentication: it asks for the API key itself.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._snapshots = Snapshots()
+        self._routes = routes(self._snapshots, prefix=PREFIX)
+        self._resume = Resume(app, self._snapshots)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or let it pass."""
+        if scope["type"] != "http" or scope["method"] == "OPTIONS":
+            return await self.app(scope, receive, send)
+        is_ours = path_of(scope).startswith(f"{PREFIX}/")
+        if not is_ours and not may_name_a_snapshot(scope):
+            return await self.app(scope, receive, send)
+        state = scope["app"].state
+        try:
+            is_allowed = _has_key(Headers(scope=scope), _tokens(state))
+        except KvistError as error:
+            return await error_response(error)(scope, receive, send)
+        if not is_allowed:  # vLLM says so itself of its own routes
+            refusal: ASGIApp = JSONResponse({"error": "Unauthorized"}, 401) if is_ours else self.app
+            return await refusal(scope, receive, send)
+        self._snapshots.attach(getattr(state, "engine_client", None))
+        return await (self._routes if is_ours else self._resume)(dict(scope), receive, send)
+
+
+def routes(snapshots: Snapshots, *, prefix: str = "", body_max: int = BODY_MAX) -> Starlette:
+    """The routes, below ``prefix``."""
+
+    async def snapshot(request: Request) -> Response:
+        return json_response(await snapshots.snapshot(await read_body(request, SnapshotBody, body_max)))
+
+    async def checkout(request: Request) -> Response:
+        return json_response(await snapshots.checkout(await read_body(request, VllmCheckoutBody, body_max)))
+
+    async def fork(request: Request) -> Response:
+        return await (await snapshots.history(body_max)).fork(request)
+
+    async def log(request: Request) -> Response:
+        return await (await snapshots.history()).log(request)
+
+    async def show(request: Request) -> Response:
+        return await (await snapshots.history()).show(request)
+
+    async def lineage(request: Request) -> Response:
+        return await (await snapshots.history()).lineage(request)
+
+    async def stats(request: Request) -> Response:
+        return json_response(await snapshots.stats())
+
+    table: list[tuple[str, str, Endpoint]] = [
+        ("POST", "/snapshot", snapshot),
+        ("POST", "/checkout", checkout),
+        ("POST", "/fork", fork),
+        ("GET", "/snapshots", log),
+        ("GET", "/snapshots/{rev:path}", show),
+        ("GET", "/lineage", lineage),
+        ("GET", "/stats", stats),
+    ]
+    return Starlette(
+        routes=[Route(prefix + path, guarded(endpoint), methods=[method]) for method, path, endpoint in table],
+        exception_handlers={HTTPException: _http_error},
+    )
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+# -- the API key -------------------------------------------------------------------------------------------------
+
+
+def _tokens(state: Any) -> list[bytes]:
+    """Digests of the keys that vLLM accepts; none: it asks for none.
+
+    Raises:
+        EngineError: it cannot be told.
+    """
+    args = getattr(state, "args", None)
+    if args is None:
+        raise EngineError("this version of vLLM does not say whether it asks for an API key")
+    keys = getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY")
+    keys = [keys] if isinstance(keys, str) else keys or []
+    return [hashlib.sha256(key.encode()).digest() for key in keys if key]
+
+
+def _has_key(headers: Headers, tokens: list[bytes]) -> bool:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    digest = hashlib.sha256(key.encode()).digest()
+    found = False
+    for token in tokens:  # all of them, so that the time tells nothing
+        found |= secrets.compare_digest(digest, token)
+    return not tokens or (found and scheme.lower() == "bearer")

@@ -1,0 +1,555 @@
+"""A vLLM server in its own process tree: started on a free port, asked, and ended politely or with SIGKILL.
+
+Knows vLLM's command line and what its API answers (0.28 to 0.32). Must not know what is asked of it, and never
+imports vllm: the interpreter that has it may be another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple, Self
+
+import httpx2
+
+from kvist.errors import EngineError
+from kvist.testing.worker import free_port
+
+OFFLINE: Final = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Logprobs would be compiled by inductor on first use, which takes longer than all else (vllm 0.32).
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""Environment of a server that is up soon and needs no network."""
+
+DETERMINISTIC: Final = {"VLLM_CPU_ATTN_SPLIT_KV": "0", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""Environment under which a CPU computes a request alike, whatever others run beside it. Slow for wide models."""
+
+IN_PROCESS: Final = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""Further environment of an engine within the process that asks it."""
+
+_TOP: Final = 5
+_BOOT_S: Final = 300.0
+_END_S: Final = 60.0
+_SILENCE_S: Final = 180.0
+"""A server that says nothing for so long hangs."""
+_INTERVAL_S: Final = 0.05
+_RESULT: Final = "kvist-result:"
+
+
+class Step(NamedTuple):
+    """One sampled token. Equal steps are equal in every bit.
+
+    Attributes:
+        token_id: the token.
+        logprob: its log probability.
+        top: (token id, log probability) of the likeliest, in the server's order.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to a completion.
+
+    Attributes:
+        id: the server's name for it.
+        steps: what was sampled.
+        text: the same as text.
+        cached_tokens: tokens of the prompt that were not computed.
+        prompt_tokens: tokens of the prompt.
+        finish_reason: ``"length"``, ``"stop"``, …
+        stop_reason: the stop string or token id, or ``None``.
+    """
+
+    id: str
+    steps: tuple[Step, ...]
+    text: str
+    cached_tokens: int
+    prompt_tokens: int
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The sampled ids."""
+        return [step.token_id for step in self.steps]
+
+
+class Stream:
+    """A completion whose tokens are read while they come, in the background. Safe to be asked from any thread."""
+
+    def __init__(self, http: httpx2.Client, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        self._changed = threading.Condition()
+        self._id = ""
+        self._steps: list[Step] = []
+        self._text: list[str] = []
+        self._usage: dict[str, Any] = {}
+        self._finish: tuple[str | None, int | str | None] = (None, None)
+        self._error: Exception | None = None
+        self._done = self._closed = False
+        self._thread = threading.Thread(target=self._read, args=(http, path, dict(body), dict(headers)), daemon=True)
+        self._thread.start()
+
+    def wait(self, tokens: int) -> list[Step]:
+        """What was sampled so far, once that are ``tokens`` or more.
+
+        Raises:
+            EngineError: the stream failed, or ended before.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._steps) >= tokens or self._done)
+            if self._error is not None or len(self._steps) < tokens:
+                raise EngineError(f"the stream ended after {len(self._steps)} of {tokens} tokens: {self._error}")
+            return list(self._steps)
+
+    def result(self) -> Completion:
+        """The whole completion, once it ended.
+
+        Raises:
+            EngineError: it failed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._done)
+            if self._error is not None:
+                raise EngineError(f"the stream failed after {len(self._steps)} tokens: {self._error}")
+            return _completion(self._id, self._steps, "".join(self._text), self._usage, *self._finish)
+
+    @property
+    def id(self) -> str:
+        """The server's name for it; waits for the first token."""
+        self.wait(1)
+        return self._id
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the server may still add tokens."""
+        with self._changed:
+            return not self._done
+
+    def close(self) -> None:
+        """Hang up, upon which the server drops the request; and wait until nothing more is read."""
+        self._closed = True
+        self._thread.join()
+
+    def _read(self, http: httpx2.Client, path: str, body: dict[str, Any], headers: dict[str, str]) -> None:
+        try:
+            with http.stream("POST", path, json=body, headers=headers) as answer:
+                if answer.status_code != 200:
+                    raise EngineError(f"POST {path}: status {answer.status_code}: {answer.read().decode()}")
+                for line in _lines(answer):
+                    if self._closed or line == b"data: [DONE]":
+                        break
+                    if line:
+                        self._take(json.loads(line.removeprefix(b"data: ")))
+        except Exception as error:
+            self._error = error
+        finally:
+            with self._changed:
+                self._done = True
+                self._changed.notify_all()
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if "error" in event:
+            raise EngineError(f"an error in the stream: {event['error']}")
+        with self._changed:
+            self._id = event["id"]
+            self._usage = event.get("usage") or self._usage
+            for choice in event["choices"]:
+                self._steps += _steps(choice)
+                self._text.append(_text(choice))
+                if choice.get("finish_reason"):
+                    self._finish = (choice["finish_reason"], choice.get("stop_reason"))
+            self._changed.notify_all()
+
+
+class VllmServer:
+    """A running vLLM: the API server and its engine and worker processes.
+
+    Attributes:
+        url: where it answers, ``http://127.0.0.1:<port>``.
+        http: a client for it, to be used from any thread. It has the API key, if there is one.
+        pid: the API server's process, leader of a session that holds all the others.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        store: str | None = None,
+        *options: str,
+        python: str | None = None,
+        dtype: str | None = None,
+        block_size: int = 32,
+        deterministic: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        transfer: Mapping[str, Any] | None = None,
+        api_key: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start it; it is ready once `wait` returns.
+
+        Args:
+            model: the model's directory.
+            store: url of kvist's repository; ``None``: a vLLM without kvist.
+            *options: further options of vLLM's command line.
+            python: interpreter that has vllm and kvist; default: this one.
+            dtype: what vLLM computes in; default: its own choice, which for float32 weights is half precision.
+            block_size: tokens of a block.
+            deterministic: run under `DETERMINISTIC`.
+            settings: further keys of ``kv_connector_extra_config``.
+            transfer: further keys of the ``--kv-transfer-config``, e.g. ``kv_load_failure_policy``.
+            api_key: what clients must show.
+            env: further environment.
+        """
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx2.Client(
+            base_url=self.url,
+            timeout=_SILENCE_S,
+            limits=httpx2.Limits(max_connections=None),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key is not None else {},
+            trust_env=False,
+        )
+        command = [python or sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--enable-prompt-tokens-details"]
+        command += ["--block-size", str(block_size), *(["--dtype", dtype] if dtype else [])]
+        command += ["--api-key", api_key] if api_key is not None else []
+        if store is not None:
+            command += ["--kv-transfer-config", json.dumps(transfer_config(store, settings, transfer))]
+        environ = {**os.environ, **OFFLINE, "VLLM_PLUGINS": "" if store is None else "kvist"}
+        environ |= {**(DETERMINISTIC if deterministic else {}), **(env or {})}
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by the server's end
+        self._said = ""
+        self._process = subprocess.Popen(
+            [*command, *options],
+            stdout=self._log,
+            stderr=self._log,
+            stdin=subprocess.DEVNULL,
+            env=environ,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+
+    def wait(self) -> Self:
+        """Return when it answers.
+
+        Raises:
+            EngineError: it ended instead, or was not up in five minutes; the message is what it printed.
+        """
+        deadline = time.monotonic() + _BOOT_S
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return self
+            except httpx2.TransportError:
+                pass
+            time.sleep(_INTERVAL_S)
+        self.kill()
+        raise EngineError(f"vLLM did not come up:\n{self.log}")
+
+    @property
+    def log(self) -> str:
+        """All that its processes printed; also after its end."""
+        if not self._log.closed:
+            self._said = os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
+        return self._said
+
+    def processes(self) -> list[int]:
+        """Ids of its living processes."""
+        return _tree(self.pid)
+
+    def kill(self) -> None:
+        """SIGKILL to the whole tree: no handler runs, nothing is flushed. Returns when all of it is gone."""
+        _kill(self.pid)
+        self._close()
+
+    def stop(self) -> None:
+        """SIGTERM, and wait for the end; what is left after a minute is killed."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
+        self.kill()
+
+    def get(self, path: str) -> dict[str, Any]:
+        """A read that must succeed.
+
+        Raises:
+            EngineError: any status but 200; the message is the answer.
+        """
+        return _answer(self.http.get(path))
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """One request, one answer.
+
+        Raises:
+            EngineError: any status but 200; the message is the answer.
+        """
+        return _answer(self.http.post(path, json=dict(body or {})))
+
+    def complete(self, prompt: Sequence[int] | str | None, *, name: str | None = None, **params: Any) -> Completion:
+        """The answer to ``POST /v1/completions``, with log probabilities.
+
+        Args:
+            prompt: token ids or text; ``None``: leave it out.
+            name: what the client calls the request (``X-Request-Id``).
+            **params: further fields of the body.
+
+        Raises:
+            EngineError: any status but 200; the message is the answer.
+        """
+        body = _completion_body(prompt, params)
+        return _whole(_answer(self.http.post("/v1/completions", json=body, headers=_named(name))))
+
+    def stream(self, prompt: Sequence[int] | str | None, *, name: str | None = None, **params: Any) -> Stream:
+        """As `complete`, but the tokens can be had while they come."""
+        body = _completion_body(prompt, params) | _STREAMED
+        return Stream(self.http, "/v1/completions", body, _named(name))
+
+    def chat(self, *messages: tuple[str, str], name: str | None = None, **params: Any) -> Completion:
+        """The answer to ``POST /v1/chat/completions``, with log probabilities.
+
+        Args:
+            *messages: (role, content).
+            name: as in `complete`.
+            **params: further fields of the body.
+
+        Raises:
+            EngineError: any status but 200; the message is the answer.
+        """
+        body = _chat_body(messages, params)
+        return _whole(_answer(self.http.post("/v1/chat/completions", json=body, headers=_named(name))))
+
+    def stream_chat(self, *messages: tuple[str, str], name: str | None = None, **params: Any) -> Stream:
+        """As `chat`, but the tokens can be had while they come."""
+        return Stream(self.http, "/v1/chat/completions", _chat_body(messages, params) | _STREAMED, _named(name))
+
+    def resume(self, snapshot: str, sequence: str, **params: Any) -> Completion:
+        """`complete` a sequence of a snapshot by name, without a prompt."""
+        named = {"snapshot": snapshot, "sequence": sequence}
+        return self.complete(None, kv_transfer_params=named, **params)
+
+    def _close(self) -> None:
+        self._process.wait()
+        self.http.close()
+        _ = self.log
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self.wait()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def transfer_config(
+    store: str, settings: Mapping[str, Any] | None = None, transfer: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The ``--kv-transfer-config`` of a vLLM with kvist.
+
+    Args:
+        store: url of the repository.
+        settings: further keys of ``kv_connector_extra_config``.
+        transfer: further keys beside it.
+    """
+    return {
+        "kv_connector": "KvistConnector",
+        "kv_connector_module_path": "kvist.engines.vllm.connector",
+        "kv_role": "kv_both",
+        **(transfer or {}),
+        "kv_connector_extra_config": {"store": store, **(settings or {})},
+    }
+
+
+def run_in_process(
+    script: str, *arguments: Any, python: str | None = None, env: Mapping[str, str] | None = None
+) -> Any:
+    """Run a piece of Python in an interpreter that has vLLM, with the engine in the same process: far sooner up.
+
+    The script finds ``arguments``, ``emit(value)`` (which returns the value, as JSON, from here), and ``make_llm(model,
+    **settings)`` (which makes a small ``vllm.LLM``; ``store=url`` makes it one with kvist).
+
+    Args:
+        script: the source.
+        *arguments: what JSON can say.
+        python: the interpreter; default: this one.
+        env: further environment.
+
+    Raises:
+        EngineError: it failed, or emitted nothing; the message is what it printed.
+    """
+    plugins = {"VLLM_PLUGINS": "kvist"}
+    ran = subprocess.run(
+        [python or sys.executable, "-c", _PRELUDE + script, json.dumps(arguments)],
+        env={**os.environ, **OFFLINE, **IN_PROCESS, **plugins, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    emitted = [line for line in ran.stdout.splitlines() if line.startswith(_RESULT)]
+    if ran.returncode or not emitted:
+        raise EngineError(f"the script ended with status {ran.returncode}:\n{ran.stdout}")
+    return json.loads(emitted[-1].removeprefix(_RESULT))
+
+
+_PRELUDE: Final = f"""
+import json as _json, sys as _sys
+arguments = _json.loads(_sys.argv[1])
+def emit(value):
+    print("\\n{_RESULT}" + _json.dumps(value), flush=True)
+def make_llm(model, store=None, **settings):
+    from vllm import LLM
+    if store is not None:
+        from kvist.testing.vllm import transfer_config
+        settings["kv_transfer_config"] = transfer_config(store)
+    common = dict(enforce_eager=True, block_size=32, kv_cache_memory_bytes=64 << 20, max_model_len=2048,
+                  distributed_executor_backend="uni", disable_log_stats=True)
+    return LLM(model, **(common | settings))
+"""
+
+_STREAMED: Final = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def _completion_body(prompt: Sequence[int] | str | None, params: Mapping[str, Any]) -> dict[str, Any]:
+    body: dict[str, Any] = {"logprobs": _TOP, "return_token_ids": True, "return_tokens_as_token_ids": True, **params}
+    if prompt is not None:
+        body["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+    return body
+
+
+def _chat_body(messages: Sequence[tuple[str, str]], params: Mapping[str, Any]) -> dict[str, Any]:
+    said = [{"role": role, "content": content} for role, content in messages]
+    asked = {"logprobs": True, "top_logprobs": _TOP, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    return {"messages": said, **asked, **params}
+
+
+def _named(name: str | None) -> dict[str, str]:
+    return {} if name is None else {"X-Request-Id": name}
+
+
+def _answer(answer: httpx2.Response) -> dict[str, Any]:
+    if answer.status_code != 200:
+        raise EngineError(
+            f"{answer.request.method} {answer.request.url.path}: status {answer.status_code}: {answer.text}"
+        )
+    result: dict[str, Any] = answer.json()
+    return result
+
+
+def _lines(answer: httpx2.Response) -> Iterator[bytes]:
+    """Lines as server-sent events end them. (`iter_lines` splits at U+0085 in a text too.)"""
+    rest = b""
+    for data in answer.iter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r")
+
+
+def _whole(document: dict[str, Any]) -> Completion:
+    """A completion that was not streamed."""
+    (choice,) = document["choices"]
+    reasons = choice["finish_reason"], choice.get("stop_reason")
+    return _completion(document["id"], _steps(choice), _text(choice), document["usage"], *reasons)
+
+
+def _completion(
+    name: str,
+    steps: Sequence[Step],
+    text: str,
+    usage: Mapping[str, Any],
+    finish_reason: str | None,
+    stop_reason: int | str | None,
+) -> Completion:
+    # vLLM leaves the details out where no token was cached.
+    details = usage.get("prompt_tokens_details") or {}
+    cached = details.get("cached_tokens") or 0
+    return Completion(name, tuple(steps), text, cached, usage.get("prompt_tokens", 0), finish_reason, stop_reason)
+
+
+def _steps(choice: Mapping[str, Any]) -> list[Step]:
+    """The steps of a choice or a chunk of one. JSON gives floats back as they were, to the last bit."""
+    ids: list[int] = choice.get("token_ids") or []
+    logprobs = choice.get("logprobs") or {}
+    if "content" in logprobs:
+        content = logprobs["content"] or []
+        chosen = [entry["logprob"] for entry in content]
+        tops = [[(entry["token"], entry["logprob"]) for entry in place["top_logprobs"]] for place in content]
+    else:
+        chosen = logprobs.get("token_logprobs") or []
+        tops = [list(top.items()) for top in logprobs.get("top_logprobs") or []]
+    if not len(ids) == len(chosen) == len(tops):
+        raise EngineError(f"{len(ids)} tokens came with {len(chosen)} log probabilities and {len(tops)} lists of them")
+    return [
+        Step(token_id, logprob, tuple((int(token.removeprefix("token_id:")), value) for token, value in top))
+        for token_id, logprob, top in zip(ids, chosen, tops, strict=True)
+    ]
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    for key in ("message", "delta"):
+        if key in choice:
+            return choice[key].get("content") or ""
+    return choice.get("text") or ""
+
+
+# -- the process tree ------------------------------------------------------------------------------------------------
+
+
+def _kill(leader: int) -> None:
+    """SIGKILL a session and all that descends from its leader; return when none of it is left."""
+    deadline = time.monotonic() + _END_S
+    known: set[int] = set()
+    while found := _tree(leader, known):
+        known.update(found)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            raise EngineError(f"processes {found} outlive SIGKILL")
+        time.sleep(_INTERVAL_S / 5)
+
+
+def _tree(leader: int, known: set[int] | frozenset[int] = frozenset()) -> list[int]:
+    """Living processes that are of the leader's session, descend from it, or from ``known`` ones."""
+    table = dict(_processes())
+    ours = {pid for pid, (_, session) in table.items() if pid == leader or session == leader or pid in known}
+    grown = True
+    while grown:
+        children = {pid for pid, (parent, _) in table.items() if parent in ours}
+        grown = not children <= ours
+        ours |= children
+    return sorted(ours)
+
+
+def _processes() -> Iterator[tuple[int, tuple[int, int]]]:
+    """(pid, (parent, session)) of every process that is not a zombie."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                # The name, in parentheses, may hold anything.
+                state, parent, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            except (OSError, ValueError):
+                continue
+            if state not in "ZX":
+                yield int(entry.name), (int(parent), int(session))

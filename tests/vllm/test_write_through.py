@@ -1,0 +1,88 @@
+"""The durable prefix cache: what one server computed, the next one hits, without anybody taking a snapshot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from replaying import GREEDY, STATS, assert_same, first_difference, prompt, root_of
+
+from kvist.testing.vllm import VllmServer
+
+WRITE_THROUGH = {"mode": "write_through"}
+PROMPTS = [prompt(1500, seed=700 + n) for n in range(3)]
+BLOCK = 32
+
+
+def settle(server: VllmServer) -> None:
+    """Wait until nothing more is written in the background."""
+    last, since = -1, time.monotonic()
+    while time.monotonic() - since < 2.0:
+        now = server.get(STATS)["pages_written"]
+        if now != last:
+            last, since = now, time.monotonic()
+        time.sleep(0.1)
+
+
+def bytes_of(store: str) -> int:
+    return sum(path.stat().st_size for path in root_of(store).rglob("*") if path.is_file())
+
+
+def test_across_a_restart(
+    store: str, model: Callable[..., Path], start: Callable[..., VllmServer], note: Callable[[str], None]
+) -> None:
+    """On a model whose prefill costs, so that the cost model has every reason to load."""
+    shape = model("realistic")
+    options = ("--num-gpu-blocks-override", "200")
+    server = start(shape, store, *options, settings=WRITE_THROUGH)
+    before = [server.complete(tokens, max_tokens=4, **GREEDY) for tokens in PROMPTS]
+    settle(server)
+    server.kill()
+
+    server = start(shape, store, *options, settings=WRITE_THROUGH)
+    began = time.monotonic()
+    unknown = server.complete(prompt(1500, seed=799), max_tokens=4, **GREEDY)
+    computed_s = time.monotonic() - began
+    assert unknown.cached_tokens == 0
+    began = time.monotonic()
+    got = server.complete(PROMPTS[0], max_tokens=4, **GREEDY)
+    loaded_s = time.monotonic() - began
+    note(f"write_through, 1,500 tokens: computed in {computed_s:.2f} s, loaded in {loaded_s:.2f} s")
+    assert got.cached_tokens == (len(PROMPTS[0]) - 1) // BLOCK * BLOCK
+    # A longer prompt with the same start, and another with half of it, hit what they share.
+    longer = server.complete([*PROMPTS[1], *prompt(100, seed=790)], max_tokens=4, **GREEDY)
+    assert longer.cached_tokens >= len(PROMPTS[1]) // BLOCK * BLOCK
+    half = server.complete([*PROMPTS[2][:800], *prompt(100, seed=791)], max_tokens=4, **GREEDY)
+    assert half.cached_tokens == 800 // BLOCK * BLOCK
+    assert [step.token_id for step in got.steps][:1] == [step.token_id for step in before[0].steps][:1]
+    server.kill()
+
+
+@pytest.mark.slow
+def test_bounded_and_damaged(store: str, model: Callable[..., Path], start: Callable[..., VllmServer]) -> None:
+    """The bound holds; a damaged page is a miss and never text."""
+    store += "-bounded"
+    bound = 64 << 20
+    shape = model("realistic")
+    settings = WRITE_THROUGH | {"cache_bytes": bound}
+    server = start(shape, store, settings=settings, deterministic=True)
+    before = [server.complete(tokens, max_tokens=4, **GREEDY) for tokens in PROMPTS]
+    settle(server)
+    assert bytes_of(store) <= 1.25 * bound
+    server.kill()
+
+    for path in root_of(store).rglob("*"):
+        if path.is_file() and path.stat().st_size > 1 << 20:
+            raw = bytearray(path.read_bytes())
+            raw[len(raw) // 3] ^= 1
+            path.chmod(0o644)
+            path.write_bytes(raw)
+    server = start(shape, store, settings=settings, deterministic=True)
+    for tokens, expected in zip(PROMPTS, before, strict=True):
+        got = server.complete(tokens, max_tokens=4, **GREEDY)
+        assert first_difference(got.steps, expected.steps) is None
+        assert_same(got.steps, expected.steps)
+    assert server.http.get("/health").status_code == 200
+    server.kill()
