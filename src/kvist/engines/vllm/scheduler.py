@@ -189,10 +189,10 @@ class SchedulerSide:
             match.tokens, match.is_decided = self._index_tokens(match, request, local), True
         if match.tokens <= local:
             return 0, False
-        if self.blocks is not None and self.blocks.caching:
-            full = {
-                (group, ref) for group, place, ref in self._pages(match, local) if place < match.tokens // self._size
-            }
+        if self._loading and self.blocks is not None and self.blocks.caching:
+            content = match.source.content if match.source is not None else None
+            whole = match.tokens // self._size
+            full = {(content, group, ref) for group, number, ref in self._pages(match, local) if number < whole}
             if any(full & loading for loading in self._loading.values()):
                 return None, False
         return match.tokens - local, True
