@@ -68,7 +68,8 @@ def next_turns(server: VllmServer, turns: list[list[int]]) -> list[Completion]:
 
 class TestLargePool:
     @pytest.fixture(scope="class")
-    def old(self, store: str, model: Callable[..., Path], start: Callable[..., VllmServer]) -> Old:
+    @classmethod
+    def old(cls, store: str, model: Callable[..., Path], start: Callable[..., VllmServer]) -> Old:
         server = start(model(), store)
         turns = converse(server, together=1)
         running = server.stream(LIVE.prompt, name=LIVE.name, max_tokens=400, **LIVE.params)
@@ -81,8 +82,9 @@ class TestLargePool:
         return old
 
     @pytest.fixture(scope="class")
+    @classmethod
     def fresh(
-        self, old: Old, store: str, model: Callable[..., Path], start: Callable[..., VllmServer]
+        cls, old: Old, store: str, model: Callable[..., Path], start: Callable[..., VllmServer]
     ) -> Iterator[VllmServer]:
         server = start(model(), store)
         yield server
@@ -144,11 +146,12 @@ class TestSmallPool:
     LONG = 400
 
     @pytest.fixture(scope="class")
-    def old(self, store: str, model: Callable[..., Path], start: Callable[..., VllmServer]) -> Old:
-        server = start(model(), f"{store}-small", *self.OPTIONS, deterministic=True)
-        alone = [server.complete(case.prompt, max_tokens=self.LONG, **case.params) for case in self.RUNNING]
+    @classmethod
+    def old(cls, store: str, model: Callable[..., Path], start: Callable[..., VllmServer]) -> Old:
+        server = start(model(), f"{store}-small", *cls.OPTIONS, deterministic=True)
+        alone = [server.complete(case.prompt, max_tokens=cls.LONG, **case.params) for case in cls.RUNNING]
         streams = [
-            server.stream(case.prompt, name=case.name, max_tokens=self.LONG, **case.params) for case in self.RUNNING
+            server.stream(case.prompt, name=case.name, max_tokens=cls.LONG, **case.params) for case in cls.RUNNING
         ]
         for stream in streams:
             stream.wait(30)
@@ -166,10 +169,11 @@ class TestSmallPool:
         return old
 
     @pytest.fixture(scope="class")
+    @classmethod
     def fresh(
-        self, old: Old, store: str, model: Callable[..., Path], start: Callable[..., VllmServer]
+        cls, old: Old, store: str, model: Callable[..., Path], start: Callable[..., VllmServer]
     ) -> Iterator[VllmServer]:
-        server = start(model(), f"{store}-small", *self.OPTIONS, deterministic=True)
+        server = start(model(), f"{store}-small", *cls.OPTIONS, deterministic=True)
         yield server
         server.kill()
 

@@ -20,7 +20,7 @@ def settle(server: VllmServer) -> None:
     """Wait until nothing more is written in the background."""
     last, since = -1, time.monotonic()
     while time.monotonic() - since < 2.0:
-        now = server.get(STATS)["pages_written"]
+        now = server.get(STATS)["blocks_saved"]
         if now != last:
             last, since = now, time.monotonic()
         time.sleep(0.1)
