@@ -50,6 +50,11 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):
             layouts = internals.layouts(vllm_config, kv_cache_config, 0)
             index = None
             if self.mode == "write_through":
+                if internals.hashes_are_random(vllm_config):
+                    raise InvalidInput(
+                        "write_through: block hashes are random in every process here",
+                        hint="set PYTHONHASHSEED to one value for all servers, and use sha256 or sha256_cbor",
+                    )
                 ranks = range(vllm_config.parallel_config.tensor_parallel_size)
                 each = [internals.layouts(vllm_config, kv_cache_config, rank) for rank in ranks]
                 index = PrefixIndex(self.extra["store"], each)

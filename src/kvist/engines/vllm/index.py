@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
 from kvist.blocks.policy import Lru
 from kvist.engines.vllm.messages import StepReport
-from kvist.errors import KvistError
 from kvist.layout import Layout
 from kvist.pager.costs import LoadCost
 from kvist.pager.prefix import PrefixCache
@@ -31,12 +31,10 @@ class PrefixIndex:
 
     def __init__(self, store: str, ranks: Sequence[Sequence[Layout]]) -> None:
         self._store, self._ranks = store, ranks
-        self._bytes_per_token = sum(
-            2 * layout.page_bytes / layout.page_size_tokens for layouts in ranks for layout in layouts
-        )
+        self._bytes_per_token = sum(2 * layout.page_bytes / layout.page_size_tokens for layout in ranks[0])
         self._cost = LoadCost()
         self._caches: list[PrefixCache] = []
-        self._step: tuple[int, float] | None = None
+        self._steps: deque[tuple[int, float]] = deque(maxlen=16)  # begun, and not ended: vLLM may run ahead
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="kvist-index", daemon=True)
         self._thread.start()
@@ -52,14 +50,14 @@ class PrefixIndex:
 
     def step_begins(self, tokens: int) -> None:
         """A step will compute so many tokens."""
-        self._step = (tokens, time.perf_counter()) if tokens >= _PREFILL_TOKENS else None
+        self._steps.append((tokens, time.perf_counter()))
 
     def step_ends(self, report: StepReport | None) -> None:
-        """It has."""
-        if self._step is not None:
-            tokens, started = self._step
-            self._cost.observe_compute(tokens, time.perf_counter() - started)
-            self._step = None
+        """The oldest of them has."""
+        if self._steps:
+            tokens, started = self._steps.popleft()
+            if tokens >= _PREFILL_TOKENS:
+                self._cost.observe_compute(tokens, time.perf_counter() - started)
         if report is not None:
             for nbytes, seconds in report.loads:
                 self._cost.observe_load(nbytes, seconds)
@@ -70,12 +68,14 @@ class PrefixIndex:
     def close(self) -> None:
         """Stop following."""
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(timeout=1.0)  # it may be reading a slow store, and holds nothing
 
     def _follow(self) -> None:
         repo: Repository | None = None
         told = ""
-        while not self._stopping.wait(_EVERY_S if self._caches else 0.05):
+        wait = 0.0
+        while not self._stopping.wait(wait):
+            wait = _EVERY_S
             try:
                 if repo is None:
                     repo = Repository.open(self._store, create=True)
@@ -83,7 +83,7 @@ class PrefixIndex:
                 for cache in self._caches:
                     cache.refresh()
                 told = ""
-            except KvistError as error:
+            except Exception as error:  # the index is worth less than the thread
                 if str(error) != told:
                     log.warning("the durable prefix cache cannot be read: %s", error)
                 told = str(error)

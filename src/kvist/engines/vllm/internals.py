@@ -7,7 +7,10 @@ test-vllm`, and widen `VERSIONS`.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +20,6 @@ from typing import Any, Final
 import torch
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
-from vllm.v1.request import RequestStatus
 
 import vllm
 from kvist.engines.revision import revision
@@ -30,6 +32,7 @@ GROUPS_FROM: Final = (0, 30)
 """From here on a load of several KV cache groups can be reported as failed."""
 
 _DTYPES: Final = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SPECS: Final = (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec)
 
 
@@ -63,6 +66,7 @@ def check(vllm_config: Any, kv_cache_config: Any) -> None:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "pooling models": vllm_config.model_config.runner_type == "pooling",
         "encoder-decoder models": vllm_config.model_config.is_encoder_decoder,
         f"several KV cache groups before vllm {GROUPS_FROM[0]}.{GROUPS_FROM[1]}": (
@@ -88,17 +92,15 @@ def check(vllm_config: Any, kv_cache_config: Any) -> None:
 def layouts(vllm_config: Any, kv_cache_config: Any, rank: int) -> list[Layout]:
     """The layout of each KV cache group in one tensor-parallel rank."""
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config
-    path = Path(vllm_config.model_config.model)
-    pinned = extra.get("revision") or (revision(path) if path.is_dir() else vllm_config.model_config.revision)
-    if pinned is None:
-        raise UnsupportedModel(f"nothing pins the weights of {path}: give `--revision`, or `revision` to the connector")
+    path, pinned = Path(vllm_config.model_config.model), _pinned(vllm_config)
     groups = kv_cache_config.kv_cache_groups
     found = []
     for number, group in enumerate(groups):
         spec = group.kv_cache_spec
         is_mla = isinstance(spec, MLAAttentionSpec)
         width = spec.head_size if is_mla else spec.head_size + (getattr(spec, "head_size_v", None) or spec.head_size)
-        window = getattr(spec, "sliding_window", None)
+        # full attention may carry a window too: of the layers that were merged into it
+        window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
         found.append(
             Layout(
                 page_size_tokens=spec.block_size,
@@ -117,6 +119,28 @@ def layouts(vllm_config: Any, kv_cache_config: Any, rank: int) -> list[Layout]:
             )
         )
     return found
+
+
+_revision = functools.cache(revision)
+
+
+def _pinned(vllm_config: Any) -> str:
+    """What decides the KV of given tokens: the weights, and what the command line changes about the model."""
+    config = vllm_config.model_config
+    path = Path(config.model)
+    pinned = vllm_config.kv_transfer_config.kv_connector_extra_config.get("revision")
+    if pinned is None and path.is_dir():
+        pinned = _revision(path)
+    if pinned is None and _COMMIT.fullmatch(config.revision or ""):
+        pinned = config.revision
+    if pinned is None:
+        raise UnsupportedModel(
+            f"nothing pins the weights of {path}: give a commit as `--revision`, or `revision` to the connector"
+        )
+    changes = {"hf_overrides": config.hf_overrides or None, "quantization": config.quantization}
+    if any(changes.values()):
+        pinned += "+" + hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:16]
+    return str(pinned)
 
 
 def _memory_order(spec: Any) -> str:
@@ -156,6 +180,11 @@ def numerics(vllm_config: Any, kv_cache_config: Any) -> dict[str, Any]:
         "dtype": str(config.dtype).removeprefix("torch."),
         "block_hash": f"{algorithm}:{_hash_seed(algorithm)}",
     }
+
+
+def hashes_are_random(vllm_config: Any) -> bool:
+    """Whether block hashes mean nothing outside this process."""
+    return _hash_seed(vllm_config.cache_config.prefix_caching_hash_algo) == "random"
 
 
 def _hash_seed(algorithm: str) -> str:
@@ -206,17 +235,22 @@ class Blocks:
                 seen.add(key)
                 yield block.block_id, kv_cache_utils.get_group_id(key), kv_cache_utils.get_block_hash(key)
 
-    def holds(self, block_hash: bytes, groups: Iterable[int]) -> bool:
-        """Whether the prefix cache has the block in all the groups."""
-        return self._pool.get_cached_block(block_hash, list(groups)) is not None
-
     def pin(self, block_ids: Iterable[int]) -> None:
         """Keep blocks from being handed out again."""
         self._pool.touch([self._pool.blocks[block_id] for block_id in block_ids])
 
     def unpin(self, block_ids: Sequence[int]) -> None:
-        """Undo one `pin`."""
-        self._pool.free_blocks([self._pool.blocks[block_id] for block_id in reversed(block_ids)])
+        """Undo one `pin`. What nobody else holds stays readable as long as may be."""
+        last = self.only_pinned(block_ids) if self.can_linger else []
+        last = [block_id for block_id in last if self._pool.blocks[block_id].block_hash is None]
+        self.linger(last)
+        kept = set(last)
+        rest = [block_id for block_id in reversed(block_ids) if block_id not in kept]
+        self._pool.free_blocks([self._pool.blocks[block_id] for block_id in rest])
+
+    def only_pinned(self, block_ids: Sequence[int]) -> list[int]:
+        """Those that one `pin` holds, and nobody else."""
+        return [block_id for block_id in block_ids if self._pool.blocks[block_id].ref_cnt == 1]
 
     @property
     def can_linger(self) -> bool:
@@ -225,7 +259,8 @@ class Blocks:
 
     def linger(self, block_ids: Sequence[int]) -> None:
         """Undo one `pin`, so that blocks which no hash names are reused last instead of first."""
-        self._pool.unpin_blocks([self._pool.blocks[block_id] for block_id in block_ids], lambda block: None)
+        if block_ids:
+            self._pool.unpin_blocks([self._pool.blocks[block_id] for block_id in block_ids], lambda block: None)
 
 
 def is_plain(request: Any) -> bool:
@@ -246,11 +281,6 @@ def computed_tokens(request: Any) -> int:
     return max(0, computed)
 
 
-def is_waiting_for_load(request: Any) -> bool:
-    """Whether its blocks are allocated, but not filled."""
-    return bool(request.status == RequestStatus.WAITING_FOR_REMOTE_KVS)
-
-
 @contextmanager
 def salted(request: Any, salt: str | None) -> Iterator[list[bytes]]:
     """The block hashes that a request would have under a salt; inside, it has them."""
@@ -261,6 +291,11 @@ def salted(request: Any, salt: str | None) -> Iterator[list[bytes]]:
         yield request.block_hashes
     finally:
         request.cache_salt, request.block_hashes = before
+
+
+def salt_of_failed(request: Any, salt: str | None) -> str | None:
+    """The salt of a request whose pages could not be had. Before 0.30 it keeps blocks that others must not find."""
+    return salt if version() >= GROUPS_FROM else f"kvist:failed:{request.request_id}"
 
 
 def resalt(request: Any, salt: str | None) -> None:

@@ -99,12 +99,16 @@ class Checkout:
         """As `chain_tokens`, from the snapshot's pages."""
         return chain_tokens(hashes, limit, self._size, self._windows, lambda group, name: name in self.by_hash[group])
 
-    def longest(self, token_ids: Sequence[int]) -> Stored | None:
-        """The sequence with the most cached tokens of those that ``token_ids``, being longer, starts with."""
+    def longest(self, token_ids: Sequence[int], salt: str | None = None) -> Stored | None:
+        """The sequence with the most cached tokens of those that ``token_ids``, being longer, starts with.
+
+        Only one of the same salt (a digest of it) counts: what one tenant computed is not told to another.
+        """
         best: Stored | None = None
         for length in self._start_lengths:
             for stored in self._starts.get(tuple(token_ids[:length]), ()):
-                if (best is None or stored.cached > best.cached) and starts_with(token_ids, stored):
+                is_longer = best is None or stored.cached > best.cached
+                if is_longer and stored.state.get("salt") == salt and starts_with(token_ids, stored):
                     best = stored
         return best
 

@@ -97,7 +97,7 @@ class SequencePlan:
 
     Attributes:
         id: its name in the snapshot.
-        request_id: vLLM's id, or ``None`` where the worker need not know.
+        request_id: vLLM's id.
         token_ids: all of them.
         cached: tokens whose KV is computed.
         blocks: by group: how many pages are out of the window, and the block ids of the others.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import base64
 import hashlib
 import logging
 import time
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from kvist.engines.vllm.matching import Stored
-from kvist.errors import EngineError, InvalidInput, KvistError
+from kvist.engines.vllm.matching import Stored, first_block
+from kvist.errors import EngineError, InvalidInput, InvalidManifest, KvistError
 
 if TYPE_CHECKING:
     from kvist.engines.vllm.connector import KvistConnector
@@ -32,8 +32,12 @@ def register() -> None:
 
 def _prepare(core: Any) -> None:
     """Make the sides known to what holds the tables: vLLM does not tell a connector of all of it."""
-    with contextlib.suppress(EngineError):  # no connector, nothing to prepare
+    try:
         _Core(core).workers("describe")
+    except EngineError as error:  # no connector: nothing to prepare
+        log.debug("%s", error)
+    except Exception:  # a request must not fail for it
+        log.exception("kvist is not ready")
 
 
 def _answer(core: Any, op: str, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def _begin(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
     try:
         core.workers("begin", plan)
     except BaseException:
-        core.scheduler.release(plan.id)
+        _release(core, {"capture": plan.id})
         raise
     return {
         "needs_pause": False,
@@ -179,7 +183,8 @@ def _checkout(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
         {bytes.fromhex(name): ix for ix, name in group["pages"] if name is not None} for group in payload["groups"]
     ]
     size = core.scheduler.layouts[0].page_size_tokens
-    sequences = [_stored(sequence, size) for sequence in payload["sequences"]]
+    windows = core.scheduler.windows
+    sequences = [_stored(sequence, size, windows) for sequence in payload["sequences"]]
     dropped = core.scheduler.check_out(payload["cid"], content, by_hash, sequences)
     if dropped:
         core.workers("forget", dropped)
@@ -191,15 +196,37 @@ def _content(manifests: Sequence[Sequence[str]]) -> str:
     return hashlib.sha256(" ".join(cid for rank in manifests for cid in rank).encode()).hexdigest()
 
 
-def _stored(sequence: Mapping[str, Any], size: int) -> Stored:
+def _stored(sequence: Mapping[str, Any], size: int, windows: Sequence[int | None]) -> Stored:
+    """A sequence as requests may match it.
+
+    Raises:
+        InvalidManifest: its groups do not fit together, or its state is none of ours.
+    """
     pages: list[list[int | None]] = []
-    cached = 0
+    cached: set[int] = set()
     for group in sequence["groups"]:
         held: list[int | None] = [None] * group["first_page"] + list(group["page_ixs"])
         pages.append(held)
-        if group["page_ixs"]:
-            cached = (len(held) - 1) * size + (group["fill"] or size)
-    return Stored(sequence["id"], list(sequence["token_ids"]), cached, pages, sequence["state"])
+        cached.add((len(held) - 1) * size + (group["fill"] or size) if group["page_ixs"] else 0)
+    tokens, state = next(iter(cached)), sequence["state"]
+    fits = (
+        len(cached) == 1
+        and len(sequence["token_ids"]) >= tokens
+        and all(
+            group["first_page"] <= first_block(tokens, window, size)
+            for group, window in zip(sequence["groups"], windows, strict=True)
+        )
+    )
+    if tokens and not fits:
+        raise InvalidManifest(f"sequence {sequence['id']!r}: its groups hold different tokens, or not its whole window")
+    prompt, rng, sampling = state.get("prompt_tokens", 0), state.get("rng", ""), state.get("sampling", {})
+    if type(prompt) is not int or not isinstance(rng, str) or not isinstance(sampling, dict):
+        raise InvalidManifest(f"sequence {sequence['id']!r}: prompt_tokens, rng or sampling in its state are not ours")
+    try:
+        base64.b64decode(rng, validate=True)
+    except ValueError:
+        raise InvalidManifest(f"sequence {sequence['id']!r}: rng in its state is not base64") from None
+    return Stored(sequence["id"], list(sequence["token_ids"]), tokens, pages, state)
 
 
 def _preload(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Final
 from kvist.blocks.policy import Lru
 from kvist.engines.vllm.messages import Place
 from kvist.engines.vllm.pages import Done, GroupPages
-from kvist.engines.vllm.staging import HostPool
+from kvist.engines.vllm.staging import HostPool, unbind
 from kvist.errors import KvistError
 from kvist.layout import Layout
 from kvist.pager.prefix import PrefixCache
@@ -51,7 +51,7 @@ class Saver:
         self.saved = self.dropped = 0
         self._repo, self._layouts, self._pool, self._max_bytes = repo, layouts, pool, max_bytes
         self._cache: PrefixCache | None = None
-        self._opening = threading.Lock()
+        self._opening, self._lock = threading.Lock(), threading.Lock()
         self._held = 0
         self._queue: queue.SimpleQueue[_Copied | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvist-save", daemon=True)
@@ -73,7 +73,8 @@ class Saver:
         slots = self._pool.take(min(len(places), room), wait=False) if room > 0 else []
         self.dropped += len(places) - len(slots)
         if slots:
-            self._held += len(slots)
+            with self._lock:
+                self._held += len(slots)
             kept = places[: len(slots)]
             done = group.read([place.block for place in kept], self._pool.rows, slots)
             self._queue.put(_Copied(group, [place.name or "" for place in kept], slots, done))
@@ -91,6 +92,7 @@ class Saver:
         self._thread.join()
 
     def _run(self) -> None:
+        unbind()
         is_open = True
         while is_open:
             first = self._queue.get()
@@ -121,12 +123,13 @@ class Saver:
                 self.cache.add(copied.group.layout.group, entries)
             self.cache.flush()
             self.saved += count
-        except KvistError as error:
-            log.warning("%d blocks are not stored: %s", count, error)
+        except Exception as error:  # whatever it is, the slots must come back and the thread go on
+            log.warning("%d blocks are not stored: %s", count, error, exc_info=not isinstance(error, KvistError))
             self.dropped += count
             if self._cache is not None:
                 self._cache.discard()
         finally:
             for copied in waiting:
                 self._pool.release(copied.slots)
-            self._held -= count
+            with self._lock:
+                self._held -= count

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import itertools
+import logging
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +26,13 @@ from kvist.errors import InvalidName, NotFound, UnsupportedModel
 from kvist.ids import check_name
 from kvist.layout import Layout
 
+log = logging.getLogger("kvist.vllm")
+
 CHECKOUTS_MAX: Final = 64
 """Snapshots that requests may continue; the one checked out, or named, longest ago goes first."""
 FINISHED_MAX: Final = 1024
 """Finished requests that can still be snapshotted, as far as their blocks are in place."""
+_RESEND_S: Final = 10.0
 _SUFFIX: Final = re.compile(r"-[0-9a-f]{8}\Z")
 _SAMPLING: Final = (
     *("seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
@@ -48,7 +53,6 @@ class Match:
         tokens: how many of its tokens.
         stored: the sequence that they are, or ``None``: a chain of blocks.
         hashes: the request's block hashes as the source knows them.
-        start: what its first step must be told.
         is_decided: whether ``tokens`` holds for the durable prefix cache: decided when there is room for the request.
     """
 
@@ -56,7 +60,6 @@ class Match:
     tokens: int
     stored: Stored | None
     hashes: list[bytes]
-    start: Start | None = None
     is_decided: bool = False
 
 
@@ -82,18 +85,20 @@ class SchedulerSide:
 
     Attributes:
         layouts: rank 0's, by group.
+        windows: by group: the tokens that one looks back on, itself included, or ``None``: all.
     """
 
     def __init__(self, layouts: list[Layout], index: PrefixIndex | None) -> None:
         self.layouts = layouts
         self._size = layouts[0].page_size_tokens
-        self._windows = [_window(layout) for layout in layouts]
+        self.windows = [_window(layout) for layout in layouts]
         self._index = index  # of the durable prefix cache
         self._manager: Any = None
         self.blocks: Blocks | None = None
         self._checkouts: OrderedDict[str, Checkout] = OrderedDict()
         self._live: dict[str, Any] = {}  # vLLM's requests, from arrival to end
         self._matches: dict[str, Match] = {}
+        self._starts: dict[str, Start] = {}
         self._prompts: dict[str, int] = {}  # of requests that go on: how much was prompt at the very first
         self._salts: dict[str, str | None] = {}  # of restored requests: the salt they came with
         self._loading: dict[str, set[_Wanted]] = {}
@@ -102,6 +107,7 @@ class SchedulerSide:
         self._names: OrderedDict[bytes, str] = OrderedDict()  # of blocks under a restored request's salt: without it
         self._tails: list[int] = []  # partly filled last blocks of requests that just ended
         self._saved: dict[str, int] = {}
+        self._sent: OrderedDict[tuple[int, bytes], float] = OrderedDict()
         self._plan = StepPlan()
         self._numbers = itertools.count(1)
 
@@ -136,18 +142,22 @@ class SchedulerSide:
         self._matches[request.request_id] = found
         if found.source is not None:
             self._salts[request.request_id] = request.cache_salt
-            found.start = _start(request, found.stored)
+            start = _start(request, found.stored)
+            if start is not None:
+                self._starts[request.request_id] = start
             if found.stored is not None and "prompt_tokens" in found.stored.state:
                 self._prompts[request.request_id] = found.stored.state["prompt_tokens"]
             internals.resalt(request, _salt(found.source, request.cache_salt))
 
     def _named(self, request: Any, wanted: dict[str, Any]) -> Match | None:
         """The sequence that the request names. The API process has checked that it is one, and that it fits."""
-        checkout = self._checkouts.get(wanted["snapshot"])
-        stored = None if checkout is None else checkout.sequences.get(wanted.get("sequence", ""))
+        cid, name = wanted["snapshot"], wanted.get("sequence")
+        checkout = self._checkouts.get(cid) if isinstance(cid, str) else None
+        stored = checkout.sequences.get(name) if checkout is not None and isinstance(name, str) else None
         if checkout is None or stored is None or not starts_with(request.prompt_token_ids, stored):
+            log.warning("request %s names a sequence that it cannot continue; it is computed", request.request_id)
             return None
-        self._checkouts.move_to_end(wanted["snapshot"])
+        self._checkouts.move_to_end(cid)
         return Match(checkout, stored.cached, stored, list(request.block_hashes))
 
     def _best(self, request: Any) -> Match | None:
@@ -162,7 +172,7 @@ class SchedulerSide:
         best, most = None, local - 1
         by_content = {checkout.content: checkout for checkout in self._checkouts.values()}
         for checkout in reversed(by_content.values()):
-            stored = checkout.longest(request.prompt_token_ids)
+            stored = checkout.longest(request.prompt_token_ids, _digest(request.cache_salt))
             chain = checkout.chain(hashes, limit)
             if stored is not None and stored.cached < chain:
                 stored = None
@@ -200,7 +210,7 @@ class SchedulerSide:
     def _index_tokens(self, match: Match, request: Any, local: int) -> int:
         if self._index is None:
             return 0
-        tokens = chain_tokens(match.hashes, request.num_tokens - 1, self._size, self._windows, self._index.has)
+        tokens = chain_tokens(match.hashes, request.num_tokens - 1, self._size, self.windows, self._index.has)
         if tokens <= local or not self._index.pays(tokens - local):
             return 0
         return tokens
@@ -208,7 +218,7 @@ class SchedulerSide:
     def _pages(self, match: Match, local: int) -> Iterable[tuple[int, int, int | str]]:
         """Group, block number and reference of each page that a request needs beyond ``local`` tokens."""
         last = -(-match.tokens // self._size)
-        for group, window in enumerate(self._windows):
+        for group, window in enumerate(self.windows):
             for place in range(max(local // self._size, first_block(match.tokens, window, self._size)), last):
                 ref: int | str | None
                 if match.stored is not None:
@@ -244,9 +254,10 @@ class SchedulerSide:
             for request_id in output.num_scheduled_tokens:
                 self._save(request_id)
             self._index.step_begins(output.total_num_scheduled_tokens)
-        if self._tails and self.blocks is not None:  # their requests have let go of them by now
-            self.blocks.linger(self._tails)
-            self._tails = []
+        if self._tails and self.blocks is not None:  # once their requests have let go of them
+            free = self.blocks.only_pinned(self._tails)
+            self.blocks.linger(free)
+            self._tails = [block for block in self._tails if block not in free]
         plan, self._plan = self._plan, StepPlan()
         return plan
 
@@ -256,12 +267,11 @@ class SchedulerSide:
             return
         if _draws(request.sampling_params):
             self._plan.seeded.append(request_id)
-        match = self._matches.get(request_id)
-        if match is not None and match.start is not None:
-            if match.start.prompt_tokens is not None:
-                internals.become_output(request, match.start.prompt_tokens)
-            self._plan.starts.append(match.start)
-            match.start = None
+        start = self._starts.pop(request_id, None)
+        if start is not None:
+            if start.prompt_tokens is not None:
+                internals.become_output(request, start.prompt_tokens)
+            self._plan.starts.append(start)
 
     def stepped(self, finished: Iterable[str], report: StepReport | None) -> None:
         """What the workers answered."""
@@ -270,13 +280,17 @@ class SchedulerSide:
         if report is not None:
             for request_id in report.failed:  # vLLM decides: it fails, or is computed; not loaded again
                 self._matches.pop(request_id, None)
+                request = self._live.get(request_id)
+                if request is not None and request_id in self._salts:  # what it computes is no snapshot's
+                    internals.resalt(request, internals.salt_of_failed(request, self._salts.pop(request_id)))
         if self._index is not None:
             self._index.step_ends(report)
 
     def finished(self, request: Any, block_ids: Sequence[Sequence[int]]) -> None:
         """A request has ended; its blocks are about to be let go."""
         request_id = request.request_id
-        if internals.is_plain(request) and self.blocks is not None and not internals.is_waiting_for_load(request):
+        # vLLM has set the request's state to finished by now, so only we know that its blocks are not filled
+        if internals.is_plain(request) and self.blocks is not None and request_id not in self._loading:
             sequence = self._sequence(request, block_ids, finished=True)
             names = [name.hex() for name in self._base_hashes(request)]
             blocks = [ids for _, ids in sequence.blocks]
@@ -292,7 +306,7 @@ class SchedulerSide:
             self._remember(request)
             if self._index is not None:
                 self._save(request_id)
-        for table in (self._live, self._matches, self._salts, self._saved, self._prompts):
+        for table in (self._live, self._matches, self._starts, self._salts, self._saved, self._prompts):
             table.pop(request_id, None)
 
     def close(self) -> None:
@@ -301,9 +315,18 @@ class SchedulerSide:
             self._index.close()
 
     def forget(self) -> None:
-        """The weights have changed: nothing that was stored fits any more."""
+        """The weights may have changed: nothing that was stored need fit any more.
+
+        vLLM says so when it clears its caches, also where the weights stay. Checkouts are dropped, and the durable
+        prefix cache is neither read nor written until a restart.
+        """
         self._checkouts.clear()
+        self._matches.clear()
         self._finished.clear()
+        if self._index is not None:
+            log.warning("caches were cleared: the durable prefix cache is off until a restart")
+            self._index.close()
+            self._index = None
 
     # -- the durable prefix cache --------------------------------------------------------------------------------
 
@@ -326,8 +349,20 @@ class SchedulerSide:
                 block = table[number]
                 if self._index.has(group, name):
                     self._plan.uses.append((group, name.hex()))
-                elif block:
+                elif block and self._is_new(group, name):
                     self._plan.saves.append(Place(group, block, self.blocks.generation[block], self._size, name.hex()))
+
+    def _is_new(self, group: int, name: bytes) -> bool:
+        """Whether a block was not sent to be stored within the last seconds, in which the index does not know it."""
+        now, key = time.monotonic(), (group, name)
+        sent = self._sent.get(key)
+        if sent is not None and now - sent < _RESEND_S:
+            return False
+        self._sent[key] = now
+        self._sent.move_to_end(key)
+        while now - next(iter(self._sent.values())) > _RESEND_S:
+            self._sent.popitem(last=False)
+        return True
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -335,7 +370,7 @@ class SchedulerSide:
         self, cid: str, content: str, by_hash: list[dict[bytes, int]], sequences: Sequence[Stored]
     ) -> list[str]:
         """Let requests continue a snapshot; see `Checkout`. Returns contents that none can continue any more."""
-        self._checkouts[cid] = Checkout(content, by_hash, sequences, self._windows, self._size)
+        self._checkouts[cid] = Checkout(content, by_hash, sequences, self.windows, self._size)
         self._checkouts.move_to_end(cid)
         dropped = []
         while len(self._checkouts) > CHECKOUTS_MAX:
@@ -430,7 +465,7 @@ class SchedulerSide:
             last = min(last, first + whole if whole else 0)
         cached = min(sequence.cached, last * self._size)
         blocks = []
-        for (first, ids), window in zip(sequence.blocks, self._windows, strict=True):
+        for (first, ids), window in zip(sequence.blocks, self.windows, strict=True):
             if cached and first > first_block(cached, window, self._size):
                 cached = 0  # the window's first blocks are gone since
             blocks.append((first, ids[: max(0, last - first)]))
@@ -451,7 +486,7 @@ class SchedulerSide:
                     places[group, block] = Place(group, block, self.blocks.generation[block], fill, name)
 
     def _sequence(self, request: Any, tables: Sequence[Sequence[int]], *, finished: bool) -> SequencePlan:
-        cached = 0 if internals.is_waiting_for_load(request) else internals.computed_tokens(request)
+        cached = 0 if request.request_id in self._loading else internals.computed_tokens(request)
         last = -(-cached // self._size)
         blocks = []
         for table in tables:
@@ -465,6 +500,9 @@ class SchedulerSide:
             "finished": finished,
             "sampling": {name: value for name, value in sampling.items() if value is not None},
         }
+        salt = self._salts.get(request.request_id, request.cache_salt)
+        if salt is not None:
+            state["salt"] = _digest(salt)
         not_carried = _not_carried(params)
         if not_carried:
             state["not_carried"] = not_carried
@@ -505,6 +543,11 @@ def _salt(checkout: Checkout, salt: str | None) -> str:
     return f"kvist:{checkout.content}" if salt is None else f"kvist:{checkout.content}:{salt}"
 
 
+def _digest(salt: str | None) -> str | None:
+    """Of a cache salt, which may be a secret."""
+    return None if salt is None else sha256(b"kvist salt\0" + salt.encode()).hexdigest()[:16]
+
+
 def _draws(params: Any) -> bool:
     """Whether a request draws with a generator of its own."""
     return params is not None and params.seed is not None and params.temperature > 0
@@ -534,6 +577,9 @@ def _not_carried(params: Any) -> list[str]:
         "structured output: its grammar starts anew": params.structured_outputs is not None,
         "stop texts: one that began before the snapshot is not seen": bool(params.stop),
         "thinking budget: it starts anew": getattr(params, "thinking_token_budget", None) is not None,
+        "logit_bias, allowed_token_ids, bad_words: they count if the request that goes on gives them again": bool(
+            params.logit_bias or params.allowed_token_ids or params.bad_words
+        ),
         "the draws of a request without a seed": params.seed is None and params.temperature > 0,
     }
     return [text for text, is_so in found.items() if is_so]
@@ -562,11 +608,12 @@ def _is_called(request_id: str, wanted: str) -> bool:
 
 def _make_unique(sequences: list[SequencePlan]) -> None:
     """Tell sequences of one name apart: a client may use an X-Request-Id twice."""
-    seen: dict[str, int] = {}
+    taken: set[str] = set()
     for place, sequence in enumerate(sequences):
-        count = seen[sequence.id] = seen.get(sequence.id, 0) + 1
-        if count > 1:
-            sequences[place] = replace(sequence, id=f"{sequence.id}.{count}")
+        names = itertools.chain([sequence.id], (f"{sequence.id}.{count}" for count in itertools.count(2)))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
+        sequences[place] = replace(sequence, id=name)
 
 
 def _newest(ended: Iterable[Finished]) -> list[Finished]:

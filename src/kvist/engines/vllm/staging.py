@@ -5,6 +5,8 @@ Knows slots and keys. Must not know engines, files or block tables.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -49,7 +51,8 @@ class HostPool:
     def take(self, count: int, *, wait: bool) -> list[int]:
         """Slots to fill, pinned: up to ``count`` of them, at least one if ``wait``, in ascending order.
 
-        Waiting ends when another thread releases a slot; a caller that holds slots itself must not wait.
+        Waiting ends when another thread releases a slot. A caller that holds slots itself may wait only while no other
+        such caller does, and while it holds a part of the pool.
         """
         with self._changed:
             while wait and not self._free and not self._idle:
@@ -86,3 +89,9 @@ class HostPool:
     def view(self, slot: int, nbytes: int) -> memoryview:
         """The first bytes of a pinned slot, writable; valid while it is pinned."""
         return memoryview(self.rows[slot, :nbytes].numpy())  # type: ignore[arg-type]
+
+
+def unbind() -> None:
+    """Let the calling thread run on any core: vLLM binds its worker to some, and every new thread inherits that."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))

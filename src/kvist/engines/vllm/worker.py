@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,7 @@ from kvist.engines.vllm import internals
 from kvist.engines.vllm.messages import CapturePlan, Load, Place, SequencePlan, Start, StepPlan, StepReport
 from kvist.engines.vllm.pages import Done, GroupPages
 from kvist.engines.vllm.saving import Saver
-from kvist.engines.vllm.staging import HostPool
+from kvist.engines.vllm.staging import HostPool, unbind
 from kvist.errors import IntegrityError, KvistError, MissingPage, NotFound
 from kvist.layout import Layout
 from kvist.repo.manifest import LogicalSeq, Manifest, PageEntry
@@ -106,8 +106,11 @@ class WorkerSide:
         self._pool: HostPool | None = None
         self._lock = threading.Lock()
         self._fetching = threading.Lock()
-        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="kvist-load")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvist-write")
+        # Four, since of these some wait for others: loads for manifests, reading ahead for slots that writing holds.
+        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="kvist-load", initializer=unbind)
+        self._opener = ThreadPoolExecutor(1, thread_name_prefix="kvist-open", initializer=unbind)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="kvist-read", initializer=unbind)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvist-write", initializer=unbind)
         self._snapshots: dict[str, Future[list[dict[int, Digests]]]] = {}
         self._preloads: dict[str, Future[int]] = {}
         self._captures: dict[str, _Capture] = {}
@@ -179,11 +182,12 @@ class WorkerSide:
     def _go_on(self, start: Start) -> None:
         generator = internals.generator_of(self._runner, start.request_id)
         if start.generator is not None and generator is not None:
-            state = torch.frombuffer(bytearray(start.generator), dtype=torch.uint8)
-            if state.numel() == generator.get_state().numel():
-                generator.set_state(state)
-            else:
-                log.warning("request %s: the generator's state is another device's; it starts anew", start.request_id)
+            try:
+                generator.set_state(torch.tensor(list(start.generator), dtype=torch.uint8))
+            except RuntimeError as error:
+                log.warning(
+                    "request %s: its draws start anew, the state is no generator's: %s", start.request_id, error
+                )
         if start.prompt_tokens is not None and internals.carries_output(self._runner):
             internals.tell_output(self._runner, start.request_id, start.prompt_tokens)
 
@@ -226,6 +230,8 @@ class WorkerSide:
                 log.exception("request %s: loading failed", load.request_id)
             gone = self._forget(load) if isinstance(error, IntegrityError) else []
             with self._lock:
+                for place, _ in load.pages:  # some may have come, and be computed anew in place
+                    self._known.pop((place.group, place.block), None)
                 self._report.gone += gone
                 self.counters.loads_failed += 1
                 self._failed.add(load.request_id)
@@ -343,9 +349,10 @@ class WorkerSide:
             return [{page.ix: (page.k, page.v) for page in self.repo.manifest(name).pages} for name in mine]
 
         with self._lock:
+            self._preloads.pop(content, None)
             opened = self._snapshots.pop(content, None)
             if opened is None or (opened.done() and opened.exception() is not None):
-                opened = self._loaders.submit(read)
+                opened = self._opener.submit(read)
             self._snapshots[content] = opened
 
     def forget(self, contents: Sequence[str]) -> None:
@@ -364,13 +371,11 @@ class WorkerSide:
             opened = self._snapshots.get(content)
             running = self._preloads.get(content)
             if opened is not None and running is None:
-                running = self._preloads[content] = self._writer.submit(self._bring_ahead, opened)
+                running = self._preloads[content] = self._reader.submit(self._bring_ahead, opened)
         if opened is None or running is None:
             raise NotFound("the snapshot is not checked out")
         if not running.done():
             return {"done": False, "pages_loaded": 0, "pages": 0}
-        with self._lock:
-            self._preloads.pop(content, None)
         return {"done": True, "pages_loaded": running.result(), "pages": sum(map(len, opened.result()))}
 
     def _bring_ahead(self, opened: Future[list[dict[int, Digests]]]) -> int:
@@ -389,19 +394,18 @@ class WorkerSide:
         """Note what a capture shall hold, and the generators as they stand."""
         sequences = []
         for sequence in plan.sequences:
-            generator = self._generators.get(sequence.request_id or "")
-            state = dict(sequence.state)
+            generator = self._generators.get(sequence.request_id)
             if generator is not None:
-                state["rng"] = base64.b64encode(generator.get_state().numpy().tobytes()).decode()
-            sequences.append((sequence, state))
-        named = [_with_state(sequence, state) for sequence, state in sequences]
+                rng = base64.b64encode(generator.get_state().numpy().tobytes()).decode()
+                sequence = replace(sequence, state={**sequence.state, "rng": rng})
+            sequences.append(sequence)
         candidates = {
             (place.group, place.block): pair
             for place in plan.places
             for generation, fill, pair in [self._known.get((place.group, place.block), (-1, -1, ("", "")))]
             if (generation, fill) == (place.generation, place.fill)
         }
-        self._captures[plan.id] = _Capture(plan, named, self._writer.submit(self._still_stored, candidates))
+        self._captures[plan.id] = _Capture(plan, sequences, self._writer.submit(self._still_stored, candidates))
 
     def _still_stored(self, candidates: dict[tuple[int, int], Digests]) -> dict[tuple[int, int], Digests]:
         """In a thread: those whose pages the repository holds whole; a gc, or damage, may have taken some."""
@@ -519,8 +523,8 @@ class WorkerSide:
         """Stop the threads."""
         if self._saver is not None:
             self._saver.close()
-        self._loaders.shutdown(cancel_futures=True)
-        self._writer.shutdown(cancel_futures=True)
+        for threads in (self._loaders, self._opener, self._reader, self._writer):
+            threads.shutdown(cancel_futures=True)
         if self._repo is not None:
             self._repo.close()
 
@@ -536,10 +540,6 @@ class _Slots:
 
     def __exit__(self, *_: object) -> None:
         self._pool.release(self._pinned)
-
-
-def _with_state(sequence: SequencePlan, state: dict[str, Any]) -> SequencePlan:
-    return SequencePlan(sequence.id, sequence.request_id, sequence.token_ids, sequence.cached, sequence.blocks, state)
 
 
 def _logical(sequence: SequencePlan, group: int, size: int) -> LogicalSeq:
