@@ -6,24 +6,20 @@ index, which a thread of its own refreshes. Knows blocks, requests and hashes; m
 
 from __future__ import annotations
 
-import base64
 import itertools
 import logging
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import Any, Final
 
-from kvist.engines.vllm import internals
+from kvist.engines.vllm import internals, requests
 from kvist.engines.vllm.index import PrefixIndex
 from kvist.engines.vllm.internals import Blocks
 from kvist.engines.vllm.matching import Checkout, Stored, chain_tokens, first_block, starts_with
 from kvist.engines.vllm.messages import CapturePlan, Load, Place, SequencePlan, Start, StepPlan, StepReport
-from kvist.errors import InvalidName, NotFound, UnsupportedModel
-from kvist.ids import check_name
+from kvist.errors import NotFound, UnsupportedModel
 from kvist.layout import Layout
 
 log = logging.getLogger("kvist.vllm")
@@ -33,11 +29,6 @@ CHECKOUTS_MAX: Final = 64
 FINISHED_MAX: Final = 1024
 """Finished requests that can still be snapshotted, as far as their blocks are in place."""
 _RESEND_S: Final = 10.0
-_SUFFIX: Final = re.compile(r"-[0-9a-f]{8}\Z")
-_SAMPLING: Final = (
-    *("seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-    *("min_tokens", "max_tokens", "stop", "stop_token_ids", "ignore_eos"),
-)
 
 
 _Wanted = tuple[str | None, int, int | str]
@@ -142,7 +133,7 @@ class SchedulerSide:
         self._matches[request.request_id] = found
         if found.source is not None:
             self._salts[request.request_id] = request.cache_salt
-            start = _start(request, found.stored)
+            start = requests.start_of(request, found.stored)
             if start is not None:
                 self._starts[request.request_id] = start
             if found.stored is not None and "prompt_tokens" in found.stored.state:
@@ -172,7 +163,7 @@ class SchedulerSide:
         best, most = None, local - 1
         by_content = {checkout.content: checkout for checkout in self._checkouts.values()}
         for checkout in reversed(by_content.values()):
-            stored = checkout.longest(request.prompt_token_ids, _digest(request.cache_salt))
+            stored = checkout.longest(request.prompt_token_ids, requests.digest(request.cache_salt))
             chain = checkout.chain(hashes, limit)
             if stored is not None and stored.cached < chain:
                 stored = None
@@ -265,7 +256,7 @@ class SchedulerSide:
         request = self._live.get(request_id)
         if request is None:
             return
-        if _draws(request.sampling_params):
+        if requests.draws(request.sampling_params):
             self._plan.seeded.append(request_id)
         start = self._starts.pop(request_id, None)
         if start is not None:
@@ -407,11 +398,11 @@ class SchedulerSide:
         assert self.blocks is not None
         live = [request for request in self._live.values() if internals.is_plain(request)]
         if wanted is not None:
-            live = [request for request in live if _is_called(request.request_id, wanted)]
+            live = [request for request in live if requests.is_called(request.request_id, wanted)]
         places: dict[tuple[int, int], Place] = {}
         sequences = [self._running(request, places) for request in live]
         if wanted is not None and not live:
-            ended = [done for name, done in reversed(self._finished.items()) if _is_called(name, wanted)]
+            ended = [done for name, done in reversed(self._finished.items()) if requests.is_called(name, wanted)]
             if not ended:
                 raise NotFound(f"no live or recently finished request {wanted!r}", hint="name it by X-Request-Id")
             sequences = [self._ended(done, places) for done in _newest(ended)]
@@ -445,7 +436,8 @@ class SchedulerSide:
     def draws(self, wanted: str | None) -> bool:
         """Whether a capture would hold a live sequence that draws with a generator."""
         return any(
-            _draws(request.sampling_params) and (wanted is None or _is_called(request.request_id, wanted))
+            requests.draws(request.sampling_params)
+            and (wanted is None or requests.is_called(request.request_id, wanted))
             for request in self._live.values()
         )
 
@@ -494,20 +486,24 @@ class SchedulerSide:
             first = next((number for number, block in enumerate(held) if block), len(held))
             blocks.append((first if held[first:] else 0, held[first:]))
         params = request.sampling_params
-        sampling = {name: _plain(getattr(params, name, None)) for name in _SAMPLING}
         state: dict[str, Any] = {
             "prompt_tokens": self._prompts.get(request.request_id, request.num_prompt_tokens),
             "finished": finished,
-            "sampling": {name: value for name, value in sampling.items() if value is not None},
+            "sampling": requests.sampling(params),
         }
         salt = self._salts.get(request.request_id, request.cache_salt)
         if salt is not None:
-            state["salt"] = _digest(salt)
-        not_carried = _not_carried(params)
+            state["salt"] = requests.digest(salt)
+        not_carried = requests.not_carried(params)
         if not_carried:
             state["not_carried"] = not_carried
         return SequencePlan(
-            _sequence_id(request.request_id), request.request_id, list(request.all_token_ids), cached, blocks, state
+            requests.sequence_id(request.request_id),
+            request.request_id,
+            list(request.all_token_ids),
+            cached,
+            blocks,
+            state,
         )
 
     # -- names of blocks -----------------------------------------------------------------------------------------
@@ -541,69 +537,6 @@ def _window(layout: Layout) -> int | None:
 def _salt(checkout: Checkout, salt: str | None) -> str:
     """What keeps a snapshot's blocks to those that continue it, or a fork of it, and tenants apart as they were."""
     return f"kvist:{checkout.content}" if salt is None else f"kvist:{checkout.content}:{salt}"
-
-
-def _digest(salt: str | None) -> str | None:
-    """Of a cache salt, which may be a secret."""
-    return None if salt is None else sha256(b"kvist salt\0" + salt.encode()).hexdigest()[:16]
-
-
-def _draws(params: Any) -> bool:
-    """Whether a request draws with a generator of its own."""
-    return params is not None and params.seed is not None and params.temperature > 0
-
-
-def _counts_output(params: Any) -> bool:
-    """Whether it matters for a request which of its tokens are output."""
-    return bool(params.presence_penalty or params.frequency_penalty or params.min_tokens or params.bad_words)
-
-
-def _start(request: Any, stored: Stored | None) -> Start | None:
-    """What the first step of a restored request must be told, if it goes on exactly where a sequence stood."""
-    if stored is None or request.num_tokens != len(stored.token_ids):
-        return None
-    params, state = request.sampling_params, stored.state
-    generator, prompt = None, None
-    if _draws(params) and "rng" in state and state.get("sampling", {}).get("seed") == params.seed:
-        generator = base64.b64decode(state["rng"])
-    if _counts_output(params) and 0 < state.get("prompt_tokens", 0) < len(stored.token_ids):
-        prompt = int(state["prompt_tokens"])
-    return None if generator is None and prompt is None else Start(request.request_id, generator, prompt)
-
-
-def _not_carried(params: Any) -> list[str]:
-    """What of a request cannot go on as if it had never stopped."""
-    found = {
-        "structured output: its grammar starts anew": params.structured_outputs is not None,
-        "stop texts: one that began before the snapshot is not seen": bool(params.stop),
-        "thinking budget: it starts anew": getattr(params, "thinking_token_budget", None) is not None,
-        "logit_bias, allowed_token_ids, bad_words: they count if the request that goes on gives them again": bool(
-            params.logit_bias or params.allowed_token_ids or params.bad_words
-        ),
-        "the draws of a request without a seed": params.seed is None and params.temperature > 0,
-    }
-    return [text for text, is_so in found.items() if is_so]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple | set) else value
-
-
-def _sequence_id(request_id: str) -> str:
-    """vLLM's id without the part that it draws; a digest where it is no name."""
-    name = _SUFFIX.sub("", request_id)
-    try:
-        return check_name(name)
-    except InvalidName:
-        return "request-" + sha256(name.encode()).hexdigest()[:16]
-
-
-def _is_called(request_id: str, wanted: str) -> bool:
-    """Whether a client that says ``wanted`` means this request: its id, the answer's, or its X-Request-Id."""
-    name = _SUFFIX.sub("", request_id)
-    if wanted in (request_id, name):
-        return True
-    return re.fullmatch(rf"(?:\d+_)?(?:(?:chat)?cmpl-)?{re.escape(wanted)}(?:-\d+)?", name) is not None
 
 
 def _make_unique(sequences: list[SequencePlan]) -> None:
