@@ -22,6 +22,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "vllm.md").read_text()
 # The CPU build's own `vllm` command cannot find its version; this is what it would start.
 PRELUDE = f'vllm() {{ shift; exec {PYTHON} -m vllm.entrypoints.openai.api_server --model "$@"; }}\n'
 
+# Eager, since compiling is switched off for the tests.
+SETTINGS = "--host 127.0.0.1 --block-size 32 --max-model-len 4096 --enforce-eager"
+
 
 def blocks() -> list[str]:
     return re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -56,7 +59,7 @@ def test_the_guide(model: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(model())
     assert "--port 8000" in serve
     assert "file:///srv/kv" in serve
-    serve = serve.replace("--port 8000", f"--port {port} --host 127.0.0.1 --block-size 32 --max-model-len 4096")
+    serve = serve.replace("--port 8000", f"--port {port} {SETTINGS}")
     serve = serve.replace("file:///srv/kv", (tmp_path / "kv").as_uri())
 
     def shell(script: str, **names: str) -> str:

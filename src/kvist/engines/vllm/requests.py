@@ -1,0 +1,91 @@
+"""What a request says of itself: its name, how it samples, and what of that can go on from a snapshot.
+
+Knows vLLM's sampling parameters by their names. Must not know blocks or schedules.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from hashlib import sha256
+from typing import Any, Final
+
+from kvist.engines.vllm.matching import Stored
+from kvist.engines.vllm.messages import Start
+from kvist.errors import InvalidName
+from kvist.ids import check_name
+
+_SUFFIX: Final = re.compile(r"-[0-9a-f]{8}\Z")
+_SAMPLING: Final = (
+    *("seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("min_tokens", "max_tokens", "stop", "stop_token_ids", "ignore_eos"),
+)
+
+
+def digest(salt: str | None) -> str | None:
+    """Of a cache salt, which may be a secret."""
+    return None if salt is None else sha256(b"kvist salt\0" + salt.encode()).hexdigest()[:16]
+
+
+def draws(params: Any) -> bool:
+    """Whether a request draws with a generator of its own."""
+    return params is not None and params.seed is not None and params.temperature > 0
+
+
+def counts_output(params: Any) -> bool:
+    """Whether it matters for a request which of its tokens are output."""
+    return bool(params.presence_penalty or params.frequency_penalty or params.min_tokens or params.bad_words)
+
+
+def start_of(request: Any, stored: Stored | None) -> Start | None:
+    """What the first step of a restored request must be told, if it goes on exactly where a sequence stood."""
+    if stored is None or request.num_tokens != len(stored.token_ids):
+        return None
+    params, state = request.sampling_params, stored.state
+    generator, prompt = None, None
+    if draws(params) and "rng" in state and state.get("sampling", {}).get("seed") == params.seed:
+        generator = base64.b64decode(state["rng"])
+    if counts_output(params) and 0 < state.get("prompt_tokens", 0) < len(stored.token_ids):
+        prompt = int(state["prompt_tokens"])
+    return None if generator is None and prompt is None else Start(request.request_id, generator, prompt)
+
+
+def not_carried(params: Any) -> list[str]:
+    """What of a request cannot go on as if it had never stopped."""
+    found = {
+        "structured output: its grammar starts anew": params.structured_outputs is not None,
+        "stop texts: one that began before the snapshot is not seen": bool(params.stop),
+        "thinking budget: it starts anew": getattr(params, "thinking_token_budget", None) is not None,
+        "logit_bias, allowed_token_ids, bad_words: they count if the request that goes on gives them again": bool(
+            params.logit_bias or params.allowed_token_ids or params.bad_words
+        ),
+        "the draws of a request without a seed": params.seed is None and params.temperature > 0,
+    }
+    return [text for text, is_so in found.items() if is_so]
+
+
+def sampling(params: Any) -> dict[str, Any]:
+    """The parameters that are set, as a snapshot keeps them."""
+    found = {name: getattr(params, name, None) for name in _SAMPLING}
+    return {
+        name: list(value) if isinstance(value, list | tuple | set) else value
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def sequence_id(request_id: str) -> str:
+    """vLLM's id without the part that it draws; a digest where it is no name."""
+    name = _SUFFIX.sub("", request_id)
+    try:
+        return check_name(name)
+    except InvalidName:
+        return "request-" + sha256(name.encode()).hexdigest()[:16]
+
+
+def is_called(request_id: str, wanted: str) -> bool:
+    """Whether a client that says ``wanted`` means this request: its id, the answer's, or its X-Request-Id."""
+    name = _SUFFIX.sub("", request_id)
+    if wanted in (request_id, name):
+        return True
+    return re.fullmatch(rf"(?:\d+_)?(?:(?:chat)?cmpl-)?{re.escape(wanted)}(?:-\d+)?", name) is not None
