@@ -75,7 +75,10 @@ def check(vllm_config: Any, kv_cache_config: Any) -> None:
     }
     for name, is_so in refused.items():
         if is_so:
-            raise UnsupportedModel(f"kvist does not support {name} in vLLM: it was never run")
+            raise UnsupportedModel(
+                f"kvist does not support {name} in vLLM: it was never run",
+                hint="start vLLM without it, or without the connector",
+            )
     sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
     if len(sizes) > 1:
         raise UnsupportedModel(f"expected one block size for all KV cache groups, got {sorted(sizes)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -84,7 +85,7 @@ class _Core:
         self._executor = core.model_executor
 
     def workers(self, method: str, *args: Any) -> list[Any]:
-        """Call every rank's `_Worker` method; the first error of any rank is raised."""
+        """Call a method of every rank's `WorkerSide`, or of its parts; the first error of any rank is raised."""
         answers = self._executor.collective_rpc(_in_worker, args=(method, args))
         for answer in answers:
             if isinstance(answer, KvistError):
@@ -102,7 +103,7 @@ def _in_worker(worker: Any, method: str, args: tuple[Any, ...]) -> Any:
     connector = find_connector(get_kv_transfer_group(), KvistConnector)
     connector.worker.attach(worker.model_runner)
     try:
-        return getattr(connector.worker, method)(*args)
+        return operator.attrgetter(method)(connector.worker)(*args)
     except KvistError as error:
         return error
 
@@ -148,7 +149,7 @@ def _copy(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     capture = payload["capture"]
     gone = core.scheduler.gone(capture)
-    answers = core.workers("copy", capture, gone)
+    answers = core.workers("captures.copy", capture, gone)
     return {
         "left": max(answer["left"] for answer in answers),
         "busy": any(answer["busy"] for answer in answers),
@@ -157,7 +158,7 @@ def _copy(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finish(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
-    answers = core.workers("finish", payload["capture"])
+    answers = core.workers("captures.finish", payload["capture"])
     if not all(answer["done"] for answer in answers):
         return {"done": False}
     first = answers[0]
@@ -172,7 +173,7 @@ def _finish(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
 
 def _release(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
     core.scheduler.release(payload["capture"])
-    core.workers("release", payload["capture"])
+    core.workers("captures.release", payload["capture"])
     return {}
 
 

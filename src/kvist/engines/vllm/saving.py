@@ -118,8 +118,8 @@ class Saver:
             for copied in waiting:
                 copied.done.wait()
                 half = copied.group.layout.page_bytes
-                views = [self._pool.view(slot, 2 * half) for slot in copied.slots]
-                entries = [(name, view[:half], view[half:]) for name, view in zip(copied.names, views, strict=True)]
+                halves = self._pool.halves(copied.slots, half)
+                entries = list(zip(copied.names, halves[::2], halves[1::2], strict=True))
                 self.cache.add(copied.group.layout.group, entries)
             self.cache.flush()
             self.saved += count

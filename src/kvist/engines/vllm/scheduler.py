@@ -109,7 +109,9 @@ class SchedulerSide:
             UnsupportedModel: blocks are hashed in other sizes than they are kept.
         """
         if pool.hash_block_size != self._size:
-            raise UnsupportedModel(f"blocks of {self._size} tokens are hashed by {pool.hash_block_size}")
+            raise UnsupportedModel(
+                f"expected blocks of {self._size} tokens to be hashed whole, got hashes of {pool.hash_block_size}"
+            )
         self.blocks = Blocks(pool)
 
     def bind(self, manager: Any) -> None:

@@ -90,6 +90,11 @@ class HostPool:
         """The first bytes of a pinned slot, writable; valid while it is pinned."""
         return memoryview(self.rows[slot, :nbytes].numpy())  # type: ignore[arg-type]
 
+    def halves(self, slots: Sequence[int], half: int) -> list[memoryview]:
+        """The K half, then the V half, of the page in each pinned slot, writable; of ``half`` bytes each."""
+        views = [self.view(slot, 2 * half) for slot in slots]
+        return [part for view in views for part in (view[:half], view[half:])]
+
 
 def unbind() -> None:
     """Let the calling thread run on any core: vLLM binds its worker to some, and every new thread inherits that."""

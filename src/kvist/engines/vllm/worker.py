@@ -6,50 +6,31 @@ writing happen in threads of our own. Knows pages, manifests and a repository; m
 
 from __future__ import annotations
 
-import base64
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import torch
 
 from kvist.engines.vllm import internals
-from kvist.engines.vllm.messages import CapturePlan, Load, Place, SequencePlan, Start, StepPlan, StepReport
+from kvist.engines.vllm.capturing import Captures, Digests, Known
+from kvist.engines.vllm.messages import CapturePlan, Load, Start, StepPlan, StepReport
 from kvist.engines.vllm.pages import Done, GroupPages
 from kvist.engines.vllm.saving import Saver
 from kvist.engines.vllm.staging import HostPool, unbind
 from kvist.errors import IntegrityError, KvistError, MissingPage, NotFound
 from kvist.layout import Layout
-from kvist.repo.manifest import LogicalSeq, Manifest, PageEntry
 from kvist.repo.repository import Repository
 
 log = logging.getLogger("kvist.vllm")
 
 _CHUNK: Final = 32 << 20
-"""Bytes that one load brings in at a time, or one call copies out."""
+"""Bytes that one load brings in at a time."""
 _GENERATORS_MAX: Final = 1024
-
-Digests = tuple[str, str]
-
-
-@dataclass(slots=True)
-class _Capture:
-    """A capture under way. Touched by the engine's thread; `Future`s carry what others do for it."""
-
-    plan: CapturePlan
-    sequences: list[SequencePlan]
-    known: Future[dict[tuple[int, int], Digests]]
-    left: list[Place] | None = None
-    stored: list[Future[None]] = field(default_factory=list)
-    digests: dict[tuple[int, int], Digests] = field(default_factory=dict)
-    gone: set[tuple[int, int]] = field(default_factory=set)
-    copied: int = 0
-    new_bytes: int = 0
-    manifests: Future[list[str]] | None = None
 
 
 @dataclass(slots=True)
@@ -59,13 +40,11 @@ class Counters:
     Attributes:
         pages_loaded: pages written into the cache.
         pages_read: pages read from the store for that, or ahead of it.
-        pages_captured: pages copied out for snapshots.
         loads, loads_failed: requests that waited for pages.
     """
 
     pages_loaded: int = 0
     pages_read: int = 0
-    pages_captured: int = 0
     loads: int = 0
     loads_failed: int = 0
 
@@ -106,15 +85,14 @@ class WorkerSide:
         self._pool: HostPool | None = None
         self._lock = threading.Lock()
         self._fetching = threading.Lock()
-        # Four, since of these some wait for others: loads for manifests, reading ahead for slots that writing holds.
+        # Apart, since some wait for others: loads for manifests, reading ahead for slots that captures hold.
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="kvist-load", initializer=unbind)
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="kvist-open", initializer=unbind)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kvist-read", initializer=unbind)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvist-write", initializer=unbind)
         self._snapshots: dict[str, Future[list[dict[int, Digests]]]] = {}
         self._preloads: dict[str, Future[int]] = {}
-        self._captures: dict[str, _Capture] = {}
-        self._known: dict[tuple[int, int], tuple[int, int, Digests]] = {}
+        self._known = Known()
+        self._captures: Captures | None = None
         self._generators: dict[str, torch.Generator] = {}
         self._arrived: set[str] = set()
         self._failed: set[str] = set()
@@ -130,6 +108,9 @@ class WorkerSide:
         slot = max(group.page_bytes for group in self._groups)
         on_device = any(cache.device.type != "cpu" for cache in caches.values())
         self._pool = HostPool(max(self._host_bytes, 8 * slot), slot, page_locked=on_device)
+        self._captures = Captures(
+            self.layouts, self._groups, self._pool, self._known, lambda: self.repo, self._numerics
+        )
         if self._cache_bytes is not None:
             self._saver = Saver(lambda: self.repo, self.layouts, self._pool, self._cache_bytes or None)
 
@@ -143,10 +124,20 @@ class WorkerSide:
 
     def stats(self) -> dict[str, int]:
         """The counters."""
-        saver = self._saver
-        return asdict(self.counters) | (
-            {} if saver is None else {"blocks_saved": saver.saved, "saves_dropped": saver.dropped}
-        )
+        found = asdict(self.counters) | {"pages_captured": self.captures.pages_captured}
+        if self._saver is not None:
+            found |= {"blocks_saved": self._saver.saved, "saves_dropped": self._saver.dropped}
+        return found
+
+    @property
+    def captures(self) -> Captures:
+        """Once the cache is registered."""
+        assert self._captures is not None
+        return self._captures
+
+    def begin(self, plan: CapturePlan) -> None:
+        """Begin a capture; see `Captures.begin`."""
+        self.captures.begin(plan, self._generators)
 
     @property
     def repo(self) -> Repository:
@@ -175,9 +166,7 @@ class WorkerSide:
                     self._saver.save(group, places)
             if plan.uses:
                 self._loaders.submit(self._saver.touch, plan.uses)
-        for load in plan.loads:  # once they are to be overwritten, nothing is known of these blocks
-            for place, _ in load.pages:
-                self._known.pop((place.group, place.block), None)
+        self._known.forget(place for load in plan.loads for place, _ in load.pages)
 
     def _go_on(self, start: Start) -> None:
         generator = internals.generator_of(self._runner, start.request_id)
@@ -229,9 +218,8 @@ class WorkerSide:
             else:
                 log.exception("request %s: loading failed", load.request_id)
             gone = self._forget(load) if isinstance(error, IntegrityError) else []
+            self._known.forget(place for place, _ in load.pages)  # some may have come, and be computed anew in place
             with self._lock:
-                for place, _ in load.pages:  # some may have come, and be computed anew in place
-                    self._known.pop((place.group, place.block), None)
                 self._report.gone += gone
                 self.counters.loads_failed += 1
                 self._failed.add(load.request_id)
@@ -255,9 +243,7 @@ class WorkerSide:
                 with self._fetched(group, digests) as slots:
                     group.write([place.block for place, _ in part], self._pool.rows, slots, after).wait()
                 nbytes += len(part) * group.page_bytes
-                with self._lock:
-                    for (place, _), pair in zip(part, digests, strict=True):
-                        self._known[number, place.block] = place.generation, place.fill, pair
+                self._known.learn([place for place, _ in part], digests)
         return nbytes
 
     def _digests(self, content: str | None, group: int, refs: Sequence[int | str]) -> list[Digests]:
@@ -315,9 +301,7 @@ class WorkerSide:
                 while len(taken) < len(missing):
                     taken += pool.take(len(missing) - len(taken), wait=True)
                 taken.sort()
-                views = [pool.view(slot, 2 * half) for slot in taken]
-                outs = [view[start : start + half] for view in views for start in (0, half)]
-                self.repo.get_pages([digest for pair in missing for digest in pair], outs)
+                self.repo.get_pages([digest for pair in missing for digest in pair], pool.halves(taken, half))
             except BaseException:
                 pool.release([*held.values(), *taken])
                 raise
@@ -388,142 +372,13 @@ class WorkerSide:
                         brought += len(part)
         return brought
 
-    # -- captures ------------------------------------------------------------------------------------------------
-
-    def begin(self, plan: CapturePlan) -> None:
-        """Note what a capture shall hold, and the generators as they stand."""
-        sequences = []
-        for sequence in plan.sequences:
-            generator = self._generators.get(sequence.request_id)
-            if generator is not None:
-                rng = base64.b64encode(generator.get_state().numpy().tobytes()).decode()
-                sequence = replace(sequence, state={**sequence.state, "rng": rng})
-            sequences.append(sequence)
-        candidates = {
-            (place.group, place.block): pair
-            for place in plan.places
-            for generation, fill, pair in [self._known.get((place.group, place.block), (-1, -1, ("", "")))]
-            if (generation, fill) == (place.generation, place.fill)
-        }
-        self._captures[plan.id] = _Capture(plan, sequences, self._writer.submit(self._still_stored, candidates))
-
-    def _still_stored(self, candidates: dict[tuple[int, int], Digests]) -> dict[tuple[int, int], Digests]:
-        """In a thread: those whose pages the repository holds whole; a gc, or damage, may have taken some."""
-        pages = self.repo.pages
-        pages.refresh()
-        return {
-            key: pair
-            for key, pair in candidates.items()
-            if pages.size(pair[0]) is not None and pages.size(pair[1]) is not None
-        }
-
-    def copy(self, capture_id: str, gone: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Copy some more pages out of the cache; the engine stands still meanwhile.
-
-        Args:
-            capture_id: see `begin`.
-            gone: (group, block) of pages whose block was reused since; they drop out of the capture.
-        """
-        assert self._pool is not None
-        capture = self._captures[capture_id]
-        capture.gone |= {(group, block) for group, block in gone}
-        if not capture.known.done():
-            return {"left": len(capture.plan.places), "busy": True}
-        if capture.left is None:
-            known = capture.known.result()
-            capture.digests.update(known)
-            capture.left = [place for place in capture.plan.places if (place.group, place.block) not in known]
-            capture.left.sort(key=lambda place: (place.group, place.block), reverse=True)
-        copied = 0
-        while capture.left and copied < _CHUNK:
-            group = self._groups[capture.left[-1].group]
-            part = [place for place in capture.left[-self._most(group) :] if place.group == capture.left[-1].group]
-            slots = self._pool.take(len(part), wait=False)
-            if not slots:
-                break
-            part = part[::-1][: len(slots)]
-            del capture.left[-len(part) :]
-            whole = [place for place in part if (place.group, place.block) not in capture.gone]
-            self._pool.release(slots[len(whole) :])
-            if whole:
-                done = group.read([place.block for place in whole], self._pool.rows, slots[: len(whole)])
-                capture.stored.append(
-                    self._writer.submit(self._store_pages, capture, group, whole, slots[: len(whole)], done)
-                )
-            copied += len(part) * group.page_bytes
-        return {"left": len(capture.left), "busy": copied == 0 and bool(capture.left)}
-
-    def _most(self, group: GroupPages) -> int:
-        return max(1, _CHUNK // group.page_bytes)
-
-    def _store_pages(
-        self, capture: _Capture, group: GroupPages, places: Sequence[Place], slots: Sequence[int], done: Done
-    ) -> None:
-        """In a thread: hash and write what was copied."""
-        assert self._pool is not None
-        half = group.layout.page_bytes
-        try:
-            done.wait()
-            views = [self._pool.view(slot, 2 * half) for slot in slots]
-            put = self.repo.put_pages([view[start : start + half] for view in views for start in (0, half)])
-            pairs = list(zip(put.digests[::2], put.digests[1::2], strict=True))
-            for place, slot, pair in zip(places, slots, pairs, strict=True):
-                self._pool.name(slot, pair)
-                capture.digests[place.group, place.block] = pair
-            capture.copied += len(places)
-            capture.new_bytes += put.new_bytes
-            with self._lock:
-                self.counters.pages_captured += len(places)
-                for place, pair in zip(places, pairs, strict=True):
-                    self._known[place.group, place.block] = place.generation, place.fill, pair
-        finally:
-            self._pool.release(slots)
-
-    def finish(self, capture_id: str) -> dict[str, Any]:
-        """The manifests' cids, once all is stored; poll until ``done``.
-
-        Raises:
-            StoreFull, …: what storing raised.
-        """
-        capture = self._captures[capture_id]
-        if capture.manifests is None and all(future.done() for future in capture.stored):
-            for future in capture.stored:
-                future.result()
-            capture.manifests = self._writer.submit(self._put_manifests, capture)
-        if capture.manifests is None or not capture.manifests.done():
-            return {"done": False}
-        manifests = capture.manifests.result()
-        return {
-            "done": True,
-            "manifests": manifests,
-            "pages": len(capture.digests),
-            "pages_copied": capture.copied,
-            "new_bytes": capture.new_bytes,
-        }
-
-    def release(self, capture_id: str) -> None:
-        """Forget a capture. What it has stored serves the next one."""
-        self._captures.pop(capture_id, None)
-
-    def _put_manifests(self, capture: _Capture) -> list[str]:
-        manifests = []
-        for number, layout in enumerate(self.layouts):
-            held = {place.block: place for place in capture.plan.places if place.group == number}
-            entries = tuple(
-                PageEntry(block, *capture.digests[number, block], held[block].name)
-                for block in held
-                if (number, block) in capture.digests
-            )
-            sequences = tuple(_logical(sequence, number, layout.page_size_tokens) for sequence in capture.sequences)
-            manifests.append(Manifest(layout, entries, sequences, self._numerics()))
-        self.repo.objects.put_manifests(manifests)
-        return [manifest.cid for manifest in manifests]
-
     def close(self) -> None:
         """Stop the threads."""
         if self._saver is not None:
             self._saver.close()
-        for threads in (self._loaders, self._opener, self._reader, self._writer):
+        if self._captures is not None:
+            self._captures.close()
+        for threads in (self._loaders, self._opener, self._reader):
             threads.shutdown(cancel_futures=True)
         if self._repo is not None:
             self._repo.close()
@@ -540,11 +395,3 @@ class _Slots:
 
     def __exit__(self, *_: object) -> None:
         self._pool.release(self._pinned)
-
-
-def _logical(sequence: SequencePlan, group: int, size: int) -> LogicalSeq:
-    first, blocks = sequence.blocks[group]
-    fill = sequence.cached % size if blocks else 0
-    return LogicalSeq(
-        sequence.id, tuple(blocks), fill, tuple(sequence.token_ids), sequence.state, first_page=first if blocks else 0
-    )
