@@ -29,6 +29,8 @@ class HostPool:
         if not 0 < slot_bytes <= nbytes:
             raise InvalidInput(f"host_bytes: expected room for a page of {slot_bytes} bytes at least, got {nbytes}")
         self.rows = torch.empty((nbytes // slot_bytes, slot_bytes), dtype=torch.uint8, pin_memory=page_locked)
+        if not page_locked:
+            self.rows.zero_()  # resident from now on: the first touch of a page costs as much as reading it verified
         self._free = list(range(len(self.rows) - 1, -1, -1))
         self._pins = [0] * len(self.rows)
         self._slot: dict[Hashable, int] = {}
