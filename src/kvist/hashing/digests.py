@@ -1,4 +1,4 @@
-"""Hashing: page digests and block hashes. Knows algorithms; knows nothing of where bytes lie."""
+"""kvist's own hashes: page digests, cids, and the chained block hash of its prefix cache."""
 
 from __future__ import annotations
 
