@@ -1,6 +1,6 @@
 """The `Policy` contract: an order of eviction over keys.
 
-Knows keys and in which order they were used. Must not know what a key names, how large that is, how many there may be,
+Knows keys, in which order they were used, and which are in use now. Must not know what a key names, how large that is,
 what time it is, or where anything is stored: the pool that owns the policy decides *when* and *how much* is evicted.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Sequence, Set
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
@@ -18,15 +18,25 @@ class Policy(ABC, Generic[K]):
 
     Calls that raise have changed nothing. Calls come from one thread at a time. Equal calls give equal orders.
 
+    ``keys`` of a call are a request's chain of blocks, its root first, and no key twice (but see `touch`). They count
+    as used from the tail to the root, so that of one chain the tail goes first: a block is worth nothing without those
+    before it.
+
     `kvist.testing.policy.PolicyTests` is the suite that every policy passes.
+
+    Attributes:
+        heeds_pinned: whether `touch` of pinned keys changes anything; if not, whoever pins many need not call it.
     """
 
+    heeds_pinned: ClassVar[bool] = True
+
     @abstractmethod
-    def insert(self, keys: Sequence[K]) -> None:
+    def insert(self, keys: Sequence[K], *, pinned: bool = False) -> None:
         """Take in new keys, as one use of all of them.
 
         Args:
-            keys: as in `touch`.
+            keys: see the class.
+            pinned: they are in use, as after `pin`.
 
         Raises:
             AlreadyExists: the policy holds one of them, or one is given twice.
@@ -34,23 +44,46 @@ class Policy(ABC, Generic[K]):
 
     @abstractmethod
     def touch(self, keys: Sequence[K]) -> None:
-        """Note one use of all these keys.
+        """Note one use of all these keys, pinned or not.
 
         Args:
-            keys: a request's chain of blocks, its root first. They count as used from the tail to the root, so that
-                of one chain the tail goes first: a block is worth nothing without those before it. A key that is
-                given twice counts where it is given first.
+            keys: see the class. A key that is given twice counts once, where it is given first.
 
         Raises:
             NotFound: the policy does not hold one of them.
         """
 
     @abstractmethod
-    def remove(self, keys: Collection[K]) -> None:
-        """Forget keys that the pool dropped for reasons of its own.
+    def pin(self, keys: Sequence[K]) -> None:
+        """Note one use of all these keys, and let none of them go before it is unpinned.
 
         Raises:
             NotFound: the policy does not hold one of them.
+            Conflict: one of them is pinned, or given twice.
+        """
+
+    @abstractmethod
+    def unpin(self, keys: Sequence[K]) -> None:
+        """These keys may go again. Their use ends now, which is what a policy of recency dates them by.
+
+        Raises:
+            NotFound: the policy does not hold one of them.
+            Conflict: one of them is not pinned, or given twice.
+        """
+
+    @abstractmethod
+    def remove(self, keys: Collection[K]) -> None:
+        """Forget keys, pinned or not, that the pool dropped for reasons of its own. A key may be given twice.
+
+        Raises:
+            NotFound: the policy does not hold one of them.
+        """
+
+    def expect(self, keys: Sequence[K]) -> None:
+        """Hear which keys are inserted next, before room is made for them.
+
+        No pool must call it, and most policies do nothing: it is for those that remember what they evicted, and learn
+        from what comes back before they choose what goes. Keys that are held are ignored.
         """
 
     @abstractmethod
@@ -59,21 +92,21 @@ class Policy(ABC, Generic[K]):
 
         Args:
             n: how many, 0 or more.
-            protected: keys that stay; those the policy does not hold are ignored.
+            protected: keys that stay besides those that are pinned; those the policy does not hold are ignored.
 
         Raises:
-            PoolExhausted: fewer than ``n`` keys are not protected.
+            PoolExhausted: fewer than ``n`` keys may go.
             InvalidInput: ``n`` is negative.
         """
 
     @abstractmethod
     def __iter__(self) -> Iterator[K]:
-        """All keys in the order in which they would be evicted if nothing else happened. Changes nothing."""
+        """The keys that are not pinned, in the order in which they would go if nothing else happened. No change."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many keys the policy holds."""
+        """How many keys the policy holds, pinned ones too."""
 
     @abstractmethod
     def __contains__(self, key: object) -> bool:
-        """Whether the policy holds this key."""
+        """Whether the policy holds this key, pinned or not."""
