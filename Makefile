@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DYNAMO_VENV ?= $(CURDIR)/.venv-dynamo
 export KVIST_DYNAMO_PYTHON ?= $(DYNAMO_VENV)/bin/python
 
-.PHONY: demo test test-slow test-vllm test-vllm-slow lint format bench bench-vllm clean
+.PHONY: demo test test-slow test-vllm test-vllm-slow lint format bench bench-blocks bench-vllm clean
 
 demo: $(VENV)/.kvist
 	$(BIN)/kvist demo
@@ -31,6 +31,10 @@ test-vllm-slow: $(VENV)/.kvist-test $(VLLM_VENV)/.kvist
 
 bench-vllm: $(VLLM_VENV)/.kvist
 	$(VLLM_VENV)/bin/python bench/vllm.py
+
+bench-blocks: $(VENV)/.kvist $(DYNAMO_VENV)/.kvist $(VLLM_VENV)/.kvist
+	$(VLLM_VENV)/bin/python bench/blocks.py
+	$(BIN)/python bench/index.py
 
 lint: $(VENV)/.kvist-lint
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ starts: for kvist events, for Dynamo the JSON bytes that are its only way in fro
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -113,6 +114,8 @@ def applied(contestant: Kvist | Dynamo, steps: list[Step]) -> tuple[float, Any]:
     ready = [contestant.ready(step) for step in steps]
     index = contestant.index()
     apply = contestant.apply(index)
+    gc.collect()
+    gc.freeze()  # what was made ready is the harness's, and would not be there
     started = time.perf_counter()
     for worker, event in ready:
         apply(worker, event)
