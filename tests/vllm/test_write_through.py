@@ -89,9 +89,7 @@ def test_bounded_and_damaged(store: str, model: Callable[..., Path], start: Call
         if path.is_file() and path.stat().st_size > 1 << 20:
             raw = bytearray(path.read_bytes())
             # Whoever attends to that says nothing like before.
-            raw[len(raw) // 3 : len(raw) // 3 + 4096] = (
-                b"\x7f" * 4096
-            )
+            raw[len(raw) // 3 : len(raw) // 3 + 4096] = b"\x7f" * 4096
             path.chmod(0o644)
             path.write_bytes(raw)
     recompute = {"kv_load_failure_policy": "recompute"}
