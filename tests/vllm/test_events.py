@@ -146,6 +146,7 @@ class Run:
         with subscriber.reading() as index:
             self.before = index.hashes_of(1)
         assert server.http.post("/reset_prefix_cache").status_code == 200
+        server.complete(prompt(5), max_tokens=1, **GREEDY)  # vLLM tells with its next step; this fills no block
         settled(subscriber)
         with subscriber.reading() as index:
             self.reset = index.hashes_of(1)
