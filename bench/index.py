@@ -4,7 +4,9 @@
 
 Needs KVIST_DYNAMO_PYTHON, an interpreter with ai-dynamo; without it only kvist is measured. Each contestant runs in a
 process of its own, they take turns, and the medians are shown. What each is given is made ready before the clock
-starts: for kvist events, for Dynamo the JSON bytes that are its only way in from Python.
+starts. JSON bytes are Dynamo's only way in from Python, and rows "of JSON" time for both what reads them and what
+applies the event. Two more ways into kvist have no counterpart: events that are values already, and vLLM's messages,
+where the hashing of the tokens is timed, too.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 BLOCKS = 16  # of an event
+TOKENS = 16  # of a block, in vLLM's messages
+LONG = 16_000  # blocks: a prompt of 256k tokens
 Step = tuple[int, list[int], int | None]  # a worker, blocks, and for stored ones the parent: -1 says they are removed
 MASK = 0x9E3779B97F4A7C15  # a block's local hash is its hash XOR this
 
@@ -61,18 +65,20 @@ def churn(workers: int, rng: random.Random) -> Iterator[Step]:
         heads[worker].add(chain[0])
 
 
-class Kvist:
+class Values:
+    """kvist, from events."""
+
     def __init__(self) -> None:
         from kvist.blocks.events import Event, Removed, Stored
         from kvist.router.index import Index
 
         self.event, self.removed, self.stored, self.make = Event, Removed, Stored, Index
 
-    def ready(self, step: Step) -> tuple[int, Any]:
-        worker, blocks, parent = step
+    def ready(self, step: Step) -> Any:
+        _, blocks, parent = step
         if parent == -1:
-            return worker, self.event(0, self.removed(blocks))
-        return worker, self.event(0, self.stored(blocks, parent, [block ^ MASK for block in blocks]))
+            return self.event(0, self.removed(blocks))
+        return self.event(0, self.stored(blocks, parent, [block ^ MASK for block in blocks]))
 
     def index(self) -> Any:
         return self.make()
@@ -84,20 +90,48 @@ class Kvist:
         return index.find
 
 
+class Json(Values):
+    """kvist, from the bytes that Dynamo gets."""
+
+    def ready(self, step: Step) -> Any:
+        return as_json(step)
+
+    def apply(self, index: Any) -> Callable[[int, Any], None]:
+        from kvist.router.wire.dynamo import decode_event
+
+        return lambda worker, told: index.apply(worker, decode_event(told))
+
+
+class Messages(Values):
+    """kvist, from vLLM's messages of one event each."""
+
+    def ready(self, step: Step) -> Any:
+        from kvist.router.wire import Batch, BlockEvent, vllm
+
+        _, blocks, parent = step
+        stored = self.stored(blocks, parent, token_ids=[[block & 0xFFFF] * TOKENS for block in blocks])
+        return vllm.encode(Batch(0.0, [BlockEvent(stored, block_size=TOKENS)]))
+
+    def apply(self, index: Any) -> Callable[[int, Any], None]:
+        from kvist.router.wire import to_event, vllm
+
+        def apply(worker: int, message: bytes) -> None:
+            for told in vllm.decode(message).events:
+                index.apply(worker, to_event(told, 0))
+
+        return apply
+
+
 class Dynamo:
+    """Its RadixTree."""
+
     def __init__(self) -> None:
         from dynamo._core import RadixTree
 
         self.make = RadixTree
 
-    def ready(self, step: Step) -> tuple[int, bytes]:
-        worker, blocks, parent = step
-        if parent == -1:
-            data: Any = {"removed": {"block_hashes": blocks}}
-        else:
-            told = [{"block_hash": block, "tokens_hash": block ^ MASK} for block in blocks]
-            data = {"stored": {"parent_hash": parent, "blocks": told}}
-        return worker, json.dumps({"event_id": 0, "data": data, "dp_rank": 0}).encode()
+    def ready(self, step: Step) -> Any:
+        return as_json(step)
 
     def index(self) -> Any:
         return self.make()
@@ -109,11 +143,26 @@ class Dynamo:
         return lambda prompt: index.find_matches(prompt).scores
 
 
-def applied(contestant: Kvist | Dynamo, steps: list[Step]) -> tuple[float, Any]:
-    """Events per second, and the index that they made."""
-    ready = [contestant.ready(step) for step in steps]
+Contestant = Values | Dynamo
+
+
+def as_json(step: Step) -> bytes:
+    _, blocks, parent = step
+    if parent == -1:
+        data: Any = {"removed": {"block_hashes": blocks}}
+    else:
+        told = [{"block_hash": block, "tokens_hash": block ^ MASK} for block in blocks]
+        data = {"stored": {"parent_hash": parent, "blocks": told}}
+    return json.dumps({"event_id": 0, "data": data, "dp_rank": 0}).encode()
+
+
+def applied(contestant: Contestant, steps: list[Step], before: list[Step] | None = None) -> tuple[float, Any]:
+    """Events per second, and the index that they made; those that come ``before`` are not timed."""
+    ready = [(step[0], contestant.ready(step)) for step in steps]
     index = contestant.index()
     apply = contestant.apply(index)
+    for step in before or ():
+        apply(step[0], contestant.ready(step))
     gc.collect()
     gc.freeze()  # what was made ready is the harness's, and would not be there
     started = time.perf_counter()
@@ -122,7 +171,7 @@ def applied(contestant: Kvist | Dynamo, steps: list[Step]) -> tuple[float, Any]:
     return len(ready) / (time.perf_counter() - started), index
 
 
-def found(contestant: Kvist | Dynamo, index: Any, prompts: list[list[int]]) -> float:
+def found(contestant: Contestant, index: Any, prompts: list[list[int]]) -> float:
     """Prompts per second."""
     find = contestant.find(index)
     rounds = max(1, 200_000 // sum(map(len, prompts)))
@@ -133,13 +182,16 @@ def found(contestant: Kvist | Dynamo, index: Any, prompts: list[list[int]]) -> f
     return rounds * len(prompts) / (time.perf_counter() - started)
 
 
-def measure(contestant: Kvist | Dynamo) -> dict[str, float]:
+def measure(contestants: dict[str, Contestant]) -> dict[str, float]:
+    """All figures; finds are those of the last contestant, since an index is the same however it was told."""
     result = {}
+    contestant = list(contestants.values())[-1]
     for workers in (1, 8, 64):
         rng = random.Random(workers)
         paths = chains(2000 // workers, 256, 64, rng)
         steps = [step for worker in range(workers) for step in all_stores(worker, paths, 64)]
-        result[f"events/s, {workers} workers"], index = applied(contestant, steps)
+        for way, each in contestants.items():
+            result[f"events/s {way}, {workers} workers"], index = applied(each, steps)
         for depth in (16, 256):
             prompts = [[block ^ MASK for block in path[:depth]] for path in paths[:100]]
             result[f"finds/s of {depth}, {workers} workers"] = found(contestant, index, prompts)
@@ -147,9 +199,18 @@ def measure(contestant: Kvist | Dynamo) -> dict[str, float]:
     paths = chains(50, 4096, 64, rng)
     _, index = applied(contestant, [step for worker in range(8) for step in all_stores(worker, paths, 64)])
     result["finds/s of 4096, 8 workers"] = found(contestant, index, [[b ^ MASK for b in path] for path in paths])
-    result["events/s, full caches, 8 workers"], index = applied(contestant, list(churn(8, random.Random(1))))
+    full = {way: each for way, each in contestants.items() if not isinstance(each, Messages)}
+    for way, each in full.items():
+        result[f"events/s {way}, full caches, 8 workers"], index = applied(each, list(churn(8, random.Random(1))))
     prompts = [[block ^ MASK for block in path] for path in chains(2000, 128, 32, random.Random(1))[-300:]]
     result["finds/s of 128, full caches"] = found(contestant, index, prompts)
+    (long,) = chains(1, LONG, 0, random.Random(2))
+    removals: list[Step] = [(0, [block], -1) for block in long]
+    for way, each in full.items():
+        if isinstance(each, Dynamo):
+            continue  # its tree forgets all with the head, and refuses the other removals
+        what = f"removals/s {way}, head first, {LONG} blocks told at once"
+        result[what], _ = applied(each, removals, [(0, long, None)])
     return result
 
 
@@ -160,7 +221,12 @@ def main() -> None:
     parser.add_argument("--contestant", choices=["kvist", "dynamo"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contestant:
-        print(json.dumps(measure(Kvist() if arguments.contestant == "kvist" else Dynamo())))
+        contestants: dict[str, Contestant] = {}
+        if arguments.contestant == "dynamo":
+            contestants["of JSON"] = Dynamo()
+        else:
+            contestants = {"of vLLM's messages": Messages(), "of JSON": Json(), "of values": Values()}
+        print(json.dumps(measure(contestants)))
         return
     pythons = {"kvist": sys.executable}
     if "KVIST_DYNAMO_PYTHON" in os.environ:
@@ -184,11 +250,15 @@ def show(medians: dict[str, dict[str, float]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", *medians, "kvist / dynamo")
+    caption = (
+        f"Events of {BLOCKS} blocks. Of JSON: both read and apply the same bytes. Of vLLM's messages: read, hash blocks"
+        f" of {TOKENS} tokens, apply. Of values: apply alone. Finds: lists of integers in, Python values out."
+    )
+    table = Table("", *medians, "kvist / dynamo", caption=caption)
     for what, ours in medians["kvist"].items():
-        figures = [f"{figures[what]:,.0f}" for figures in medians.values()]
-        ratio = f"{ours / medians['dynamo'][what]:.2f}" if "dynamo" in medians else ""
-        table.add_row(what, *figures, ratio)
+        figures = [f"{measured[what]:,.0f}" if what in measured else "" for measured in medians.values()]
+        theirs = medians.get("dynamo", {}).get(what)
+        table.add_row(what, *figures, f"{ours / theirs:.2f}" if theirs else "")
     Console().print(table)
 
 

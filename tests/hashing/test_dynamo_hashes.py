@@ -54,6 +54,26 @@ def test_golden_figures_of_the_real_dynamo() -> None:
         assert ours(case) == case["hashes"], case
 
 
+@pytest.mark.parametrize(
+    ("token_ids", "options", "said"),
+    [
+        (b"\1\0\0\0", {}, "token ids must be integers"),
+        (bytearray(3), {}, "token ids must be integers"),
+        ("a", {}, "token ids must be integers"),
+        ([1], {"multimodal": [[1, "a"]]}, "hashes of multimodal objects must be integers"),
+        ([1], {"multimodal": [None]}, "hashes of multimodal objects must be integers"),
+        ([1], {"multimodal": [b"12345678"]}, "hashes of multimodal objects must be integers"),
+        ([1], {"lora_name": "\ud800"}, "lora_name must be text that UTF-8 can write"),
+        ([1], {"cache_namespace": "\ud800"}, "cache_namespace must be text that UTF-8 can write"),
+    ],
+)
+def test_what_has_no_hash(token_ids: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        local_block_hashes(token_ids, 1, **options)
+    with pytest.raises(InvalidInput, match="local hashes must be integers"):
+        sequence_hashes(b"12345678")
+
+
 @needs_dynamo
 def test_the_real_dynamo_agrees() -> None:
     cases = dynamo_cases(seed=2, count=400)

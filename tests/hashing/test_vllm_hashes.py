@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hashing.cases import GOLDEN, IDENTIFIERS, ask_vllm, missing, vllm_cases, vllm_python
 from kvist.errors import InvalidInput
+from kvist.hashing import extend_block_hashes
 from kvist.hashing.vllm import (
     ALGORITHMS,
     MultimodalItem,
@@ -119,6 +120,9 @@ def test_content_apart_hashes_apart() -> None:
         (lambda: block_hashes([1], 1, algorithm="xxhash"), "no default root"),
         (lambda: block_hashes([1], 0), "block_size"),
         (lambda: block_hashes([-1], 1), r"\[0, 2\^32\)"),
+        (lambda: block_hashes(b"\1\0\0\0", 1), "token ids must be integers"),
+        (lambda: block_hashes(b"abc", 1), "token ids must be integers"),
+        (lambda: extend_block_hashes([], b"\1\0\0\0", 4), "token ids must be integers"),
         (lambda: block_extra_keys(-1, 1), "count"),
         (lambda: block_extra_keys(1, 0), "block_size"),
         (lambda: block_extra_keys(1, 4, multimodal=[MultimodalItem("a", 3, 4), MultimodalItem("b", 6, 1)]), "in order"),

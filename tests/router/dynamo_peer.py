@@ -4,6 +4,7 @@ One JSON array a line on stdin: the name of a function below, and its arguments.
 """
 
 import asyncio
+import inspect
 import json
 import os
 import sys
@@ -17,6 +18,15 @@ _service: Any = None
 
 def version() -> str:
     return str(__version__)
+
+
+def tree_reset() -> None:
+    global _tree
+    _tree = RadixTree()
+
+
+def tree_remove_worker(worker: int) -> None:
+    _tree.remove_worker(worker)
 
 
 def tree_apply(worker: int, events: list[str]) -> list[str]:
@@ -56,6 +66,12 @@ async def service_overlaps(requests: list[dict[str, Any]]) -> list[Any]:
     return [(await _service.overlap_scores(request))["workers"] for request in requests]
 
 
+async def service_call(method: str, *arguments: Any) -> Any:
+    """A method by its name."""
+    value = getattr(_service, method)(*arguments)
+    return await value if inspect.isawaitable(value) else value
+
+
 async def service_snapshot() -> list[str]:
     """All events of all models, as `tree_dump` has them."""
     snapshot = await _service.indexer_snapshot()
@@ -66,8 +82,9 @@ async def main() -> None:
     # What dynamo prints goes elsewhere.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    functions = (version, tree_apply, tree_dump, tree_find, service_start, service_overlaps, service_snapshot)
-    known = {function.__name__: function for function in functions}
+    tree = (tree_reset, tree_apply, tree_remove_worker, tree_dump, tree_find)
+    service = (service_start, service_overlaps, service_call, service_snapshot)
+    known = {function.__name__: function for function in (version, *tree, *service)}
     while line := await asyncio.to_thread(sys.stdin.readline):
         name, *arguments = json.loads(line)
         value = known[name](*arguments)

@@ -23,8 +23,8 @@ from .workload import BLOCK_SIZE, RUNS, Held, Place, Worker, Workload, held_of
 
 POOLS = [(1, 0, "watermark"), (2, 0, "blocking"), (3, 1, "watermark")]
 MODEL = "m"
-PROBE = Event(0, Stored([1 << 63], None, token_ids=[[1] * BLOCK_SIZE]))
-END_PROBE = Event(0, Removed([1 << 63]))
+PROBE = Stored([1 << 63], None, token_ids=[[1] * BLOCK_SIZE])
+END_PROBE = Removed([1 << 63])
 
 
 class Lossy(Publisher):
@@ -98,8 +98,8 @@ def test_the_service_sees_what_the_workers_hold(dynamo: Dynamo, seed: int, moves
             publisher.lost = range(0)
             assert publisher.stats.batches > 600
         workload.rest()
-        for publisher in publishers.values():
-            publisher.publish([END_PROBE])
+        for worker, rank, _ in POOLS:
+            publishers[worker].publish([Event(0, END_PROBE, dp_rank=rank)])
 
         held = workload.held
         end = time.monotonic() + 20
@@ -167,5 +167,5 @@ def until_it_hears(dynamo: Dynamo, publisher: Publisher, place: Place) -> None:
     end = time.monotonic() + 20
     while not theirs(dynamo)[place]:
         assert time.monotonic() < end, "the service does not listen"
-        publisher.publish([PROBE])
+        publisher.publish([Event(0, PROBE, dp_rank=place[1])])
         time.sleep(0.05)

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 from kvist.blocks.events import Cleared, Event, EventData, Removed, Stored, Tier
 from kvist.errors import AlreadyExists, InvalidInput, KvistError, NotFound
 from kvist.router.index import Index, Overlap
-from kvist.testing.index import IndexMachine, OrphanMachine, check_index
+from kvist.router.runs import LONGEST
+from kvist.testing.index import IndexMachine, check_index, drive
 
 TestIndexMachine = IndexMachine.TestCase
 TestIndexMachine.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
-TestOrphanMachine = OrphanMachine.TestCase
-TestOrphanMachine.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_drive(seed: int) -> None:
+    drive(seed, 500)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("machine", [IndexMachine, OrphanMachine])
-def test_long_runs(machine: type[IndexMachine]) -> None:
-    case = machine.TestCase()
-    case.settings = settings(
-        max_examples=200, stateful_step_count=2000, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    case.runTest()
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_long_drives(first: int) -> None:
+    for seed in range(first, first + 50):
+        drive(seed, 2000)
 
 
 def event(data: EventData, tier: Tier = Tier.DEVICE, dp_rank: int = 0) -> Event:
@@ -122,19 +122,50 @@ def test_a_name_that_moves_leaves_its_old_place() -> None:
     assert index.find([11]) == {}
 
 
-def test_orphans_wait_for_their_parent() -> None:
-    index = Index(keep_orphans=True)
-    index.apply("a", event(Stored([3, 4], 2, [13, 14]), Tier.HOST))
-    assert index.find([13]) == {}
-    assert index.hashes_of("a", tier=Tier.HOST) == {3, 4}
-    index.apply("a", event(Stored([1, 2], None, [11, 12])))
-    assert index.find([11, 12, 13, 14]) == {("a", 0): Overlap(2, 4, 4, 4)}
+def test_a_name_means_another_block_in_another_tier() -> None:
+    index = Index()
+    for data in (Stored([7], None, [22]), Stored([5], None, [22])):
+        index.apply("a", event(data, Tier.HOST))
+    index.apply("a", event(Stored([5], None, [11])))
+    index.apply("a", event(Stored([8], 7, [44])))  # below 5 of the host
+    index.apply("a", event(Removed([7]), Tier.HOST))
+    other = Index()
+    for each in index.events_of("a"):
+        other.apply("a", each)
+    for known in (index, other):
+        assert known.find([11, 44]) == {("a", 0): Overlap(1, 1, 1, 1)}
+        assert known.find([22, 44]) == {("a", 0): Overlap(0, 2, 2, 2)}
+        assert known.hashes_of("a") == {5, 8}
+        check_index(known)
+
+
+def test_hashes_may_be_any_integers() -> None:
+    index = index_of(("a", Stored([-1, -2], None, [11, 12])), ("a", Stored([-2], None, [21])))
+    assert index.hashes_of("a") == {-1, -2}
+    assert index.find([11, 12]) == index.find([21]) == {("a", 0): Overlap(1, 1, 1, 1)}
+    check_index(index)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_long_run_can_go_block_by_block(step: int) -> None:
+    """What a cut copies has a bound, however long the run was told."""
+    names = list(range(10 * LONGEST + 1))
+    index = index_of(("a", Stored(names, None, names)))
+    assert index.find(names) == {("a", 0): Overlap(*[len(names)] * 4)}
+    for gone, name in enumerate(names[::step], start=1):
+        assert max(len(run.blocks) for run in index._tree.walk(index._tree.root)) <= LONGEST
+        index.apply("a", event(Removed([name])))
+        if not gone % 100:
+            check_index(index)
+            assert index.hashes_of("a") == set(names[::step][gone:])
+    assert index.find(names) == {}
 
 
 @pytest.mark.parametrize(
     ("data", "error"),
     [
         (Stored([5], 4, [15]), NotFound),
+        (Stored([], 4, []), NotFound),
         (Stored([5, 6], 1, [15]), InvalidInput),
         (Stored([5], 1), InvalidInput),
         (Stored([5, 5], 1, [15, 16]), InvalidInput),

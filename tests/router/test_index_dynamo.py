@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,71 +11,44 @@ from kvist.blocks.events import Cleared, Event, EventData, Removed, Stored
 from kvist.errors import NotFound
 from kvist.hashing import local_block_hashes, sequence_hashes
 from kvist.router.index import Index
+from kvist.router.wire.dynamo import encode_event
 
-PYTHON = os.environ.get("KVIST_DYNAMO_PYTHON")
-pytestmark = pytest.mark.skipif(not PYTHON, reason="KVIST_DYNAMO_PYTHON names no interpreter with ai-dynamo")
+from .dynamo_child import Dynamo
 
 
 class Both:
     """One stream of events, into both."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+    def __init__(self, dynamo: Dynamo) -> None:
+        self.dynamo = dynamo
         self.index = Index()
-        self.ask(do="reset")
+        dynamo("tree_reset")
 
-    def ask(self, **command: Any) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def apply(self, worker: int, rank: int, data: EventData) -> str | None:
-        """Returns what Dynamo complains of."""
-        told: Any = "cleared"
-        if isinstance(data, Stored):
-            blocks = [
-                {"block_hash": name, "tokens_hash": local}
-                for name, local in zip(data.hashes, data.local_hashes, strict=True)
-            ]
-            told = {"stored": {"parent_hash": data.parent, "blocks": blocks}}
-        elif isinstance(data, Removed):
-            told = {"removed": {"block_hashes": list(data.hashes)}}
-        error = self.ask(do="apply", worker=worker, event={"event_id": 0, "data": told, "dp_rank": rank})
+    def apply(self, worker: int, rank: int, data: EventData) -> None:
+        event = Event(0, data, dp_rank=rank)
+        errors = self.dynamo("tree_apply", worker, [encode_event(event).decode()])
         try:
-            self.index.apply(worker, Event(0, data, dp_rank=rank))
+            self.index.apply(worker, event)
         except NotFound:
-            assert error is not None
-            assert "parent" in error
+            assert "parent" in errors[0]
         else:
-            assert error is None or not isinstance(data, Stored)
-        return error
+            assert not errors or not isinstance(data, Stored)
 
     def remove_worker(self, worker: int) -> None:
-        self.ask(do="remove_worker", worker=worker)
+        self.dynamo("tree_remove_worker", worker)
         self.index.remove_worker(worker)
 
     def find(self, prompt: list[int]) -> tuple[list[list[int]], list[list[int]]]:
         ours = sorted(
             [int(worker), rank, overlap.device] for (worker, rank), overlap in self.index.find(prompt).items()
         )
-        return ours, self.ask(do="find", prompt=prompt)
+        return ours, sorted(self.dynamo("tree_find", [prompt])[0])
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[subprocess.Popen[str]]:
-    assert PYTHON is not None
-    with subprocess.Popen(
-        [PYTHON, str(Path(__file__).with_name("dynamo_radix.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"DYN_LOG": "error"},
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
+def dynamo() -> Iterator[Dynamo]:
+    with Dynamo() as dynamo:
+        yield dynamo
 
 
 def paths(rng: random.Random) -> list[list[int]]:
@@ -94,11 +62,11 @@ def paths(rng: random.Random) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_both_find_the_same(process: subprocess.Popen[str], seed: int) -> None:
+def test_both_find_the_same(dynamo: Dynamo, seed: int) -> None:
     """Runs, evictions in any order, clears, lost workers. A block whose parent has gone is removed, too, before the
     parent comes back: see the next test."""
     rng = random.Random(seed)
-    both = Both(process)
+    both = Both(dynamo)
     prompts = paths(rng)
     workers = [(1, 0), (1, 1), (2, 0), (3, 7)]
     held: dict[tuple[int, int], dict[int, int | None]] = {pool: {} for pool in workers}  # name to parent
@@ -151,9 +119,9 @@ def below(held: dict[int, int | None], names: set[int]) -> set[int]:
     return result
 
 
-def test_a_block_that_comes_back_leads_to_those_that_stayed(process: subprocess.Popen[str]) -> None:
+def test_a_block_that_comes_back_leads_to_those_that_stayed(dynamo: Dynamo) -> None:
     """Dynamo forgets with a block all that follow it, though the worker has them; the index does not."""
-    both = Both(process)
+    both = Both(dynamo)
     both.apply(1, 0, Stored([1, 2, 3], None, [11, 12, 13]))
     both.apply(1, 0, Removed([2]))
     assert both.find([11, 12, 13]) == ([[1, 0, 1]], [[1, 0, 1]])
@@ -161,9 +129,9 @@ def test_a_block_that_comes_back_leads_to_those_that_stayed(process: subprocess.
     assert both.find([11, 12, 13]) == ([[1, 0, 3]], [[1, 0, 2]])
 
 
-def test_a_block_with_two_names_stays_until_both_are_gone(process: subprocess.Popen[str]) -> None:
+def test_a_block_with_two_names_stays_until_both_are_gone(dynamo: Dynamo) -> None:
     """Equal tokens under two names, as of two cache salts. Dynamo takes the block away with the first."""
-    both = Both(process)
+    both = Both(dynamo)
     both.apply(1, 0, Stored([1], None, [11]))
     both.apply(1, 0, Stored([2], None, [11]))
     both.apply(1, 0, Removed([1]))

@@ -26,9 +26,9 @@ def test_the_example_of_dynamos_guide(overlap: int, held: int, expected: float) 
 
 def test_each_tier_has_its_credit() -> None:
     config = ScoreConfig(shared_credit=0.5)
-    assert credit(config, Overlap(2, 6, 10, 30)) == 2 + 0.75 * 4 + 0.25 * 4
+    assert credit(config, Overlap(2, 6, 10, 30)) == 2 + 0.75 * 4 + 0.25 * 24
     assert credit(config, Overlap(2, 2, 2, 2), shared_blocks=4) == 4
-    assert credit(config, Overlap(0, 0, 0, 9)) == 0
+    assert credit(config, Overlap(0, 0, 0, 8)) == credit(config, Overlap(0, 0, 8, 8)) == 2
 
 
 def test_all_terms_of_the_cost() -> None:
@@ -55,11 +55,12 @@ def test_a_pool_that_only_decodes_has_no_prompt_work() -> None:
 def test_picks() -> None:
     assert pick([3, 1, 2], 0, 0.9) == 1
     assert [pick([1, 2, 1], 0, sample) for sample in (0, 0.49, 0.5, 0.99)] == [0, 0, 2, 2]
-    assert [pick([5, 5], 1, sample) for sample in (0, 0.5, 0.51)] == [0, 0, 1]
+    assert [pick([5, 5], 1, sample) for sample in (0, 0.49, 0.5)] == [0, 0, 1]
     share = 1 / (1 + 2.718281828459045**-2)  # of the cheaper one, at temperature 1/2
     assert pick([10, 20], 0.5, share - 0.001) == 0
     assert pick([10, 20], 0.5, share + 0.001) == 1
     assert pick([0, 1e300], 1e-9, 0.999) == 0
+    assert [pick([20, 10, 20], 1e-9, sample) for sample in (0, 1 - 2**-53)] == [1, 1], "the dearer have no weight"
     with pytest.raises(InvalidInput):
         pick([], 0, 0)
 
@@ -79,7 +80,7 @@ def test_what_is_under_way_is_counted() -> None:
     assert selector.candidate(A, device(0), tokens=160, hashes=hashes).waiting_tokens == 48 + 20
     selector.first_token("first")
     selector.first_token("first")
-    assert selector.candidate(A, device(0), tokens=160, hashes=hashes) == Candidate(device(0), 20, 12, 2)
+    assert selector.candidate(A, device(0), tokens=160, hashes=hashes) == Candidate(device(0), 20, 11, 2)
     selector.finish("first")
     selector.finish("second")
     assert selector.candidate(A, device(0), tokens=160, hashes=hashes) == Candidate(device(0), 0, 10, 0)

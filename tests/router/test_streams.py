@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +37,8 @@ class Lossy(Publisher):
             super()._send(frames)
 
 
-def stored(name: int, parent: int | None = None, tier: Tier = Tier.DEVICE) -> Event:
-    return Event(name, Stored([name], parent, token_ids=[[name] * SIZE]), tier)
+def stored(name: int, parent: int | None = None, tier: Tier = Tier.DEVICE, rank: int = 0) -> Event:
+    return Event(name, Stored([name], parent, token_ids=[[name] * SIZE]), tier, rank)
 
 
 def removed(*names: int) -> Event:
@@ -97,7 +98,7 @@ def test_lost_batches_are_replayed(subscriber: Subscriber[Index]) -> None:
         assert held(subscriber) == set(range(1, 60))
         stats = subscriber.stats(1)
         assert (stats.state, stats.gaps, stats.resyncs) == (FeedState.CURRENT, 1, 0)
-        assert publisher.stats.replays == stats.replays
+        until(lambda: publisher.stats.replays >= stats.replays)
         assert publisher.stats.replayed >= 35
 
 
@@ -175,6 +176,8 @@ def test_strange_frames_are_told(quiet: Subscriber[Index]) -> None:
     with zmq.Context() as context, context.socket(zmq.XPUB) as pub, context.socket(zmq.ROUTER) as router:
         pub.bind("tcp://127.0.0.1:*")
         router.bind("tcp://127.0.0.1:*")
+        for socket in (pub, router):
+            socket.setsockopt(zmq.RCVTIMEO, 10_000)
         addresses = [socket.getsockopt_string(zmq.LAST_ENDPOINT) for socket in (pub, router)]
         quiet.follow(1, *addresses)
         assert pub.recv() == b"\x01"
@@ -197,9 +200,9 @@ def test_ranks_topics_and_codecs(subscriber: Subscriber[Index]) -> None:
         for rank, publisher in enumerate((first, second)):
             where = publisher.endpoint, publisher.replay_endpoint
             subscriber.follow("w", *where, dp_rank=rank, topic="k", codec=sglang)
-            publisher.publish([stored(rank + 1)])
+            publisher.publish([stored(rank + 1, rank=rank)])
             assert subscriber.wait("w", 0, dp_rank=rank)
-        second.publish([Event(1, Cleared())])
+        second.publish([Event(1, Cleared(), dp_rank=1)])
         assert subscriber.wait("w", 1, dp_rank=1)
         with subscriber.reading() as index:
             assert index.find(local_block_hashes([1] * SIZE, SIZE)).keys() == {("w", 0)}
@@ -247,6 +250,7 @@ def test_replay_as_a_plain_client_asks_for_it(tmp_path: Path) -> None:
         for name in (1, 2, 3):
             publisher.publish([stored(name)])
         with context.socket(zmq.DEALER) as client:
+            client.setsockopt(zmq.RCVTIMEO, 10_000)
             client.connect(where)
             client.send_multipart([b"", b"nonsense, too long"])
             client.send_multipart([b"", (1).to_bytes(8, "big")])
@@ -255,6 +259,7 @@ def test_replay_as_a_plain_client_asks_for_it(tmp_path: Path) -> None:
             batch = vllm.decode(answers[0][2])
             assert [list(event.data.hashes) for event in batch.events] == [[2]]  # type: ignore[union-attr]
         with context.socket(zmq.REQ) as client:
+            client.setsockopt(zmq.RCVTIMEO, 10_000)
             client.connect(where)
             client.send((9).to_bytes(8, "big"))
             assert client.recv_multipart() == [END, b""]
@@ -277,6 +282,12 @@ def test_a_publisher_refuses_what_cannot_be_right() -> None:
             publisher.publish([Event(0, Stored([1], None, token_ids=[[1]]))])
         with pytest.raises(InvalidInput, match="with their token ids"):
             publisher.publish([removed(1), Event(0, Stored([1], None, [7]))])
+        with pytest.raises(InvalidInput, match="rank 0, got one of 1"):
+            publisher.publish([stored(1), stored(2, rank=1)])
+        with pytest.raises(InvalidInput, match=r"local hashes must be those .* got \[777\]"):
+            publisher.publish([Event(0, Stored([1], None, [777], [[1] * SIZE]))])
+        with pytest.raises(InvalidInput, match="block hashes must be integers"):
+            publisher.publish([Event(0, Removed([1.5]))])  # type: ignore[list-item]
         assert publisher.publish([stored(1)]) == 0
     publisher.close()
     with pytest.raises(Conflict, match="closed"):
@@ -284,8 +295,10 @@ def test_a_publisher_refuses_what_cannot_be_right() -> None:
 
 
 def test_a_subscriber_refuses_what_cannot_be_right(subscriber: Subscriber[Index]) -> None:
-    for settings in ({"replay_timeout_s": 0}, {"check_interval_s": -1}, {"queue_batches": 0}):
-        with pytest.raises(InvalidInput, match=next(iter(settings))):
+    wrong: list[dict[str, Any]] = [{"replay_timeout_s": 0}, {"check_interval_s": -1}, {"queue_batches": 0}]
+    wrong += [{"replay_timeout_s": math.inf}, {"check_interval_s": math.inf}, {"check_interval_s": math.nan}]
+    for settings in wrong:
+        with pytest.raises(InvalidInput, match=f"{next(iter(settings))} must be positive and finite"):
             Subscriber(Index(), **settings)
     with pytest.raises(InvalidInput, match="cannot connect"):
         subscriber.follow(1, "nowhere")
@@ -293,6 +306,8 @@ def test_a_subscriber_refuses_what_cannot_be_right(subscriber: Subscriber[Index]
         subscriber.follow(1, "tcp://127.0.0.1:1", "nowhere")
     with pytest.raises(InvalidInput, match="dp_rank"):
         subscriber.follow(1, "tcp://127.0.0.1:1", dp_rank=-1)
+    with pytest.raises(InvalidInput, match="block_size"):
+        subscriber.follow(1, "tcp://127.0.0.1:1", block_size=0)
     for act in (subscriber.stats, subscriber.unfollow, subscriber.check):
         with pytest.raises(NotFound, match="worker 1, rank 0 is not followed"):
             act(1)

@@ -2,88 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.blocks.events import Cleared, Event, EventData, Removed, Stored
+from kvist.blocks.events import Event, Removed, Stored
 from kvist.errors import NotFound
-from kvist.router.feed import Feed, FeedState, Snapshot
-from kvist.router.index import Index
-from kvist.router.wire import Batch, from_event, vllm
-
-SIZE = 4
-
-
-class Engine:
-    """A publisher without sockets: it numbers batches, keeps the last few, and knows what it holds."""
-
-    def __init__(self, keeps: int = 1000, life: int = 0) -> None:
-        self.keeps = keeps
-        self.life = life
-        self.sent: list[bytes] = []
-        self.held: set[int] = set()
-
-    def store(self, *names: int, parent: int | None = None) -> tuple[int, bytes]:
-        self.held |= set(names)
-        return self.tell(Stored(names, parent, token_ids=[[name] * SIZE for name in names]))
-
-    def remove(self, *names: int) -> tuple[int, bytes]:
-        self.held -= set(names)
-        return self.tell(Removed(names))
-
-    def clear(self) -> tuple[int, bytes]:
-        self.held.clear()
-        return self.tell(Cleared())
-
-    def tell(self, data: EventData) -> tuple[int, bytes]:
-        seq = len(self.sent)
-        events = [from_event(Event(seq, data), block_size=SIZE)]
-        self.sent.append(vllm.encode(Batch(self.life + seq / 1e6, events, 0)))
-        return seq, self.sent[-1]
-
-    def replay(self, start: int) -> list[tuple[int, bytes]]:
-        return [*enumerate(self.sent)][max(start, len(self.sent) - self.keeps) :]
-
-
-class Following:
-    """A feed, its index, and who answers it."""
-
-    def __init__(
-        self, engine: Engine, *, can_replay: bool = True, snapshot: Callable[[], Snapshot | None] | None = None
-    ) -> None:
-        self.engine = engine
-        self.answers = True
-        self.most: int | None = None
-        self.index = Index()
-        self.feed = Feed(self.index, 1, dp_rank=0, codec=vllm, can_replay=can_replay, snapshot=snapshot)
-
-    def hear(self, *batches: tuple[int, bytes]) -> None:
-        for seq, payload in batches:
-            self.answer(self.feed.live(seq, payload))
-
-    def check(self) -> None:
-        self.answer(self.feed.check())
-
-    def answer(self, start: int | None) -> None:
-        for _ in range(20):
-            if start is None:
-                return
-            assert self.feed.stats.state is FeedState.CATCHING_UP
-            if self.answers:
-                for batch in self.engine.replay(start)[: self.most]:
-                    self.feed.replayed(*batch)
-            start = self.feed.replay_ended(answered=self.answers and self.most is None)
-        raise AssertionError("the feed asks for ever")
-
-    @property
-    def held(self) -> set[int]:
-        return set(self.index.hashes_of(1)) if self.index.pools else set()
-
-    @property
-    def state(self) -> FeedState:
-        return self.feed.stats.state
+from kvist.router.feed import FeedState, Snapshot
+from router.feed_cases import SIZE, Engine, Following
 
 
 def test_batches_from_the_first_on_need_no_replay() -> None:
@@ -154,12 +79,7 @@ def test_a_gap_beyond_the_buffer_drops_the_worker_and_takes_what_there_is() -> N
 
 def test_a_snapshot_stands_for_what_the_buffer_has_lost() -> None:
     engine = Engine(keeps=3)
-
-    def snapshot() -> Snapshot:
-        events = [Event(0, Stored([name], None, [name * 1000])) for name in sorted(engine.held)]
-        return Snapshot(len(engine.sent) - 1, events)
-
-    following = Following(engine, snapshot=snapshot)
+    following = Following(engine, snapshot=engine.snapshot)
     for name in range(1, 8):
         engine.store(name)
     engine.remove(1)
@@ -193,7 +113,7 @@ def test_a_snapshot_that_fails_is_told() -> None:
         engine.store(name)
     following.hear(engine.store(4))
     assert (following.held, following.state) == ({4}, FeedState.PARTIAL)
-    assert following.feed.stats.last_error == "no snapshot today"
+    assert following.feed.stats.last_error == "the snapshot failed: NotFound('no snapshot today')"
 
 
 def test_a_restart_is_seen_by_the_next_batch() -> None:
@@ -353,10 +273,15 @@ steps = st.lists(
 
 
 @settings(deadline=None)
-@given(steps=steps, keeps=st.integers(1, 12), can_replay=st.booleans(), numbers=st.randoms(use_true_random=False))
-def test_whatever_is_lost_the_index_never_claims_too_much(steps, keeps, can_replay, numbers) -> None:
+@given(
+    steps=steps,
+    keeps=st.integers(1, 12),
+    can_replay=st.booleans(),
+    has_snapshots=st.booleans(),
+    numbers=st.randoms(use_true_random=False),
+)
+def test_whatever_is_lost_the_index_never_claims_too_much(steps, keeps, can_replay, has_snapshots, numbers) -> None:
     engine = Engine(keeps)
-    following = Following(engine, can_replay=can_replay)
     names = iter(range(1, 1000))
     late: list[tuple[int, bytes]] = []
 
@@ -365,6 +290,13 @@ def test_whatever_is_lost_the_index_never_claims_too_much(steps, keeps, can_repl
             return engine.remove(numbers.choice(sorted(engine.held)))
         return engine.store(next(names))
 
+    def snapshot() -> Snapshot | None:
+        if not has_snapshots or numbers.random() < 0.2:
+            return None
+        late.extend(change() for _ in range(numbers.randrange(3)))  # while it is made
+        return engine.snapshot()
+
+    following = Following(engine, can_replay=can_replay, snapshot=snapshot)
     for step in steps:
         if step in ("store", "remove"):
             following.hear(change())
@@ -379,6 +311,9 @@ def test_whatever_is_lost_the_index_never_claims_too_much(steps, keeps, can_repl
         elif step == "restart" and can_replay:  # nobody else could see it
             following.engine = engine = Engine(keeps, engine.life + 1)
             late.clear()
+            for _ in range(numbers.randrange(8)):
+                change()
+            following.check()  # as upon every connection
         elif step == "check":
             following.check()
     following.check()

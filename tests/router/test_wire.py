@@ -32,7 +32,7 @@ def test_ten_thousand_broken_payloads(name: str) -> None:
     form = codec(name)
     read = refused = 0
     for number in range(10_000):
-        payload = form.encode(seeded_batch(rng))
+        payload = form.encode(seeded_batch(rng, name))
         payload = rng.randbytes(rng.randrange(64)) if number % 4 == 0 else mutated(payload, rng)
         try:
             batch = form.decode(payload)
@@ -68,6 +68,8 @@ def _lora(number: int) -> BlockEvent:
     [
         (Batch(float("nan")), "finite"),
         (Batch(0.0, dp_rank=-1), "dp_rank"),
+        (Batch(0.0, dp_rank=1.5), "dp_rank"),  # type: ignore[arg-type]
+        (Batch("now"), "ts"),  # type: ignore[arg-type]
         (Batch(0.0, [_lora(1 << 64)]), "msgpack has no form for"),
         (Batch(0.0, [_stored(hashes=[1, 1 << 64])]), r"\[0, 2\^64\), got 18446744073709551616"),
         (Batch(0.0, [_stored(parent=-1)]), r"\[0, 2\^64\), got -1"),
@@ -77,11 +79,30 @@ def _lora(number: int) -> BlockEvent:
         (Batch(0.0, [_stored(token_ids=[[1, 2], [3]])]), "must have 2 token ids"),
         (Batch(0.0, [_stored(token_ids=[[1, 2, 9], [3, 4, 5]])]), "next block's first"),
         (Batch(0.0, [BlockEvent(Stored([1], token_ids=[[1]]))]), "block_size of at least 1 token, got None"),
+        (Batch(0.0, [BlockEvent(Removed([1.5]))]), r"block hashes must be integers, got \[1\.5\]"),  # type: ignore[list-item]
+        (Batch(0.0, [BlockEvent(Removed("ab"))]), "block hashes must be integers, got 'ab'"),  # type: ignore[arg-type]
+        (Batch(0.0, [_stored(parent="a")]), "parent's hash must be integers"),
+        (Batch(0.0, [_stored(token_ids=[[1, 2], [3, 1.0]])]), "token ids must be integers"),
+        (Batch(0.0, [_stored(token_ids=[1, 2])]), r"token ids must be a sequence for each block, got \[1, 2\]"),
+        (Batch(0.0, [_lora("a")]), "lora_id"),  # type: ignore[arg-type]
+        (Batch(0.0, [BlockEvent(Stored([1]), block_size=-1)]), "block_size"),
     ],
 )
 def test_what_no_form_can_carry(name: str, batch: Batch, said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
         codec(name).encode(batch)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_integers_of_other_kinds_are_written_as_integers(name: str) -> None:
+    class Odd:
+        def __index__(self) -> int:
+            return 1
+
+    odd: Any = Odd()
+    batch = Batch(0.0, [_stored(hashes=[odd, True], parent=True, token_ids=[[odd, 2], [3, True]])])
+    plain = Batch(0.0, [_stored(hashes=[1, 1], parent=1, token_ids=[[1, 2], [3, 1]])])
+    assert codec(name).encode(batch) == codec(name).encode(plain)
 
 
 def test_forms_go_by_name() -> None:
@@ -95,8 +116,8 @@ def test_local_hashes_come_from_token_ids() -> None:
     assert to_event(event, 3, dp_rank=2) == Event(
         3, Stored([5, 6], 4, local_block_hashes(ids, 4), [ids[:4], ids[4:]]), Tier.HOST, 2
     )
-    named = BlockEvent(event.data, block_size=4, lora_name="a")
-    told = to_event(named, 0, cache_namespace="t").data
+    named = BlockEvent(event.data, block_size=4, lora_name="a", cache_salt="t")
+    told = to_event(named, 0).data
     assert isinstance(told, Stored)
     assert told.local_hashes == local_block_hashes(ids, 4, lora_name="a", cache_namespace="t")
     eagle = BlockEvent(Stored([5, 6], token_ids=[[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]), block_size=4)
@@ -130,9 +151,14 @@ def test_multimodal_hashes_are_read_from_extra_keys() -> None:
 
 
 def test_own_events_go_out() -> None:
-    stored = Stored([5, 6], None, [1, 2], [[1, 2], [3, 4]])
-    out = from_event(Event(0, stored, Tier.DISK), block_size=2, lora_name="a")
-    assert out == BlockEvent(stored, Tier.DISK, block_size=2, lora_name="a")
+    names = {"lora_name": "a", "cache_salt": "t"}
+    local = local_block_hashes([1, 2, 3, 4], 2, lora_name="a", cache_namespace="t")
+    stored = Stored([5, 6], None, local, [[1, 2], [3, 4]])
+    out = from_event(Event(0, stored, Tier.DISK), block_size=2, **names)
+    assert out == BlockEvent(stored, Tier.DISK, block_size=2, **names)
+    for other in ({}, {"lora_name": "a"}, {"cache_salt": "t"}):
+        with pytest.raises(InvalidInput, match="local hashes must be those of the token ids with lora_name="):
+            from_event(Event(0, stored), block_size=2, **other)
     assert from_event(Event(1, Removed([5]), Tier.HOST), block_size=2) == BlockEvent(Removed([5]), Tier.HOST)
     assert from_event(Event(2, Cleared()), block_size=2) == BlockEvent(Cleared())
     with pytest.raises(InvalidInput, match="at least 1 token, got 0"):
@@ -200,6 +226,9 @@ def test_dynamo_needs_local_hashes_and_a_workers_cache() -> None:
         dynamo.encode_event(Event(0, Stored([1, 2], None, [1])))
     with pytest.raises(InvalidInput, match="worker_id"):
         dynamo.encode_router_event(-1, Event(0, Cleared()))
+    for odd in (1.5, "1", None):
+        with pytest.raises(InvalidInput, match="block_hash must be an integer"):
+            dynamo.encode_event(Event(0, Removed([odd])))  # type: ignore[list-item]
     with pytest.raises(InvalidInput, match="residency_domain must be 'worker', got 'shared'"):
         dynamo.decode_router_event(
             b'{"worker_id":1,"residency_domain":"shared","event":{"event_id":0,"data":"cleared"}}'

@@ -7,7 +7,7 @@ import pytest
 
 from kvist.blocks.events import Cleared, Removed, Stored, Tier
 from kvist.errors import InvalidInput
-from kvist.router.wire import Batch, BlockEvent, codec, sglang, vllm
+from kvist.router.wire import Batch, BlockEvent, codec, sglang, to_event, vllm
 
 
 def packed(*events: Any, rank: Any = None) -> bytes:
@@ -76,6 +76,15 @@ def test_vllm_array_form() -> None:
     assert one(packed(["AllBlocksCleared"])) == BlockEvent(Cleared())
     with pytest.raises(InvalidInput, match="event 0: expected a group and a window"):
         vllm.decode(packed([*head, -1]))
+
+
+def test_salts_are_told_as_dynamo_reads_them() -> None:
+    event = one(packed({"type": "BlockStored", **RUN, "cache_salt": "tenant-a"}))
+    assert event == BlockEvent(STORED, block_size=2, cache_salt="tenant-a")
+    assert one(vllm.encode(Batch(0.0, [event]))) == event
+    told = to_event(BlockEvent(Stored([1], token_ids=[[12] * 4]), block_size=4, cache_salt="tenant-a"), 0).data
+    assert isinstance(told, Stored)
+    assert told.local_hashes == [9216624574865151389], "as Dynamo hashes that block"
 
 
 def test_newer_fields_are_not_looked_at() -> None:
@@ -173,6 +182,11 @@ def test_ranks_are_counts(rank: Any) -> None:
 
 
 def test_what_vllms_form_has_no_place_for() -> None:
+    for odd in ({"group": -1}, {"sliding_window": 1.5}, {"lora_name": 5}, {"cache_salt": b"a"}, {"extra_keys": ["ab"]}):
+        with pytest.raises(InvalidInput, match=f"cannot be written: .*{next(iter(odd))}"):
+            vllm.encode(Batch(0.0, [BlockEvent(STORED, block_size=2, **odd)]))  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"cannot be written: .*group"):
+        vllm.encode(Batch(0.0, [BlockEvent(Removed([1]), group=-1)]))
     with pytest.raises(InvalidInput, match="token after each block"):
         vllm.encode(Batch(0.0, [BlockEvent(Stored([1], token_ids=[[1, 2, 3]]), block_size=2)]))
     for odd in (object(), "\ud800", 1 << 64):
@@ -222,7 +236,13 @@ def test_sglang_pairs_are_blocks_with_the_token_after() -> None:
 
 
 def test_what_sglangs_form_has_no_place_for() -> None:
-    for field in ({"lora_name": "a"}, {"extra_keys": [None, None]}, {"group": 0}, {"locality": "LOCAL"}):
+    for field in (
+        {"lora_name": "a"},
+        {"cache_salt": "a"},
+        {"extra_keys": [None, None]},
+        {"group": 0},
+        {"locality": "LOCAL"},
+    ):
         with pytest.raises(InvalidInput, match=f"SGLang's form has no place for {next(iter(field))}"):
             sglang.encode(Batch(0.0, [BlockEvent(STORED, block_size=2, **field)]))  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="block_size of at least 1 token, got 0"):

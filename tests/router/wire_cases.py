@@ -35,6 +35,7 @@ def _stored(draw: st.DrawFn, *, sglang: bool) -> BlockEvent:
     if not sglang:
         fields |= {
             "lora_name": draw(_names),
+            "cache_salt": draw(_names),
             "extra_keys": draw(st.none() | st.lists(st.none() | _keys, min_size=count, max_size=count)),
             "group": draw(st.none() | st.integers(0, 9)),
             "spec_kind": draw(st.none() | st.just("full_attention")),
@@ -60,8 +61,8 @@ def batches(draw: st.DrawFn, name: str) -> Batch:
     return Batch(draw(times), draw(st.lists(event, max_size=5)), draw(ranks))
 
 
-def seeded_batch(rng: random.Random) -> Batch:
-    """A small batch, made quickly."""
+def seeded_batch(rng: random.Random, name: str) -> Batch:
+    """A small batch that the named form can carry, made quickly."""
     events = []
     for _ in range(rng.randrange(4)):
         count, size = rng.randrange(1, 4), rng.randrange(1, 5)
@@ -71,13 +72,28 @@ def seeded_batch(rng: random.Random) -> Batch:
         events.append(
             rng.choice(
                 [
-                    BlockEvent(stored, rng.choice([*Tier]), block_size=size),
+                    BlockEvent(stored, rng.choice([*Tier]), block_size=size, **_seeded_fields(rng, name, count)),
                     BlockEvent(Removed(run), rng.choice([*Tier])),
                     BlockEvent(Cleared()),
                 ]
             )
         )
     return Batch(rng.random(), events, rng.choice([None, 0, 3]))
+
+
+def _seeded_fields(rng: random.Random, name: str, count: int) -> dict[str, Any]:
+    if name == "sglang" or rng.random() < 0.3:
+        return {"lora_id": rng.choice([None, 0, 3])}
+    keys = [None, [], ["salt"], [f"{rng.getrandbits(256):064x}"], [["x", -1], b"\x01", 2.5], [{"a": [None]}]]
+    return {
+        "lora_name": rng.choice([None, "", "adapter"]),
+        "cache_salt": rng.choice([None, "tenant"]),
+        "extra_keys": rng.choice([None, [rng.choice(keys) for _ in range(count)]]),
+        "group": rng.choice([None, 0, 7]),
+        "spec_kind": rng.choice([None, "mamba"]),
+        "sliding_window": rng.choice([None, 128]),
+        "locality": rng.choice([None, "LOCAL"]),
+    }
 
 
 def mutated(payload: bytes, rng: random.Random) -> bytes:

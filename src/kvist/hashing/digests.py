@@ -6,7 +6,7 @@ import hashlib
 import sys
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Literal
 
 from blake3 import blake3
 
@@ -56,10 +56,27 @@ def extend_block_hashes(hashes: list[bytes], token_ids: Sequence[int], size: int
 
 
 def _u32(token_ids: Sequence[int]) -> bytes:
+    return little_endian(words("I", token_ids, "token ids"))
+
+
+def words(code: Literal["I", "Q"], values: Sequence[int], what: str) -> array[int]:
+    """The integers as machine words, of 32 bits (``I``) or 64 (``Q``).
+
+    Raises:
+        InvalidInput: values that are no integers or do not fit; bytes, which an array would take for words; ``what``
+            names them.
+    """
     try:
-        words = array("I", token_ids)
+        if isinstance(values, (bytes, bytearray)):
+            raise TypeError
+        return array(code, values)
     except (OverflowError, TypeError):
-        raise InvalidInput(f"token ids must be integers in [0, 2^32), got {token_ids!r:.120}") from None
+        bits = 32 if code == "I" else 64
+        raise InvalidInput(f"{what} must be integers in [0, 2^{bits}), got {values!r:.120}") from None
+
+
+def little_endian(values: array[int]) -> bytes:
+    """The words' bytes, the same on every machine. The array may be changed by it."""
     if sys.byteorder == "big":
-        words.byteswap()
-    return words.tobytes()
+        values.byteswap()
+    return values.tobytes()

@@ -6,7 +6,6 @@ hashes: its ``dynamo-tokens`` library.
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Sequence
 from enum import StrEnum
@@ -15,6 +14,7 @@ from typing import Final, NamedTuple
 from xxhash import xxh3_64_intdigest
 
 from kvist.errors import InvalidInput
+from kvist.hashing.digests import little_endian, words
 
 SEED: Final = 1337
 """The seed of Dynamo's router and mocker."""
@@ -47,17 +47,18 @@ def local_block_hashes(
         One unsigned 64-bit hash a block; empty if there is no full block.
 
     Raises:
-        InvalidInput: a block size below 1, a token id outside [0, 2^32), an object's hash outside [0, 2^64).
+        InvalidInput: a block size below 1, a token id outside [0, 2^32), an object's hash outside [0, 2^64), a name
+            that UTF-8 cannot write.
     """
     if block_size < 1:
         raise InvalidInput(f"block_size must be at least 1 token, got {block_size}")
     seed = SEED
     if lora_name:
-        seed += xxh3_64_intdigest(lora_name.encode(), 0)
+        seed += xxh3_64_intdigest(_utf8(lora_name, "lora_name"), 0)
     if cache_namespace:
-        seed += xxh3_64_intdigest(cache_namespace.encode(), 1)
+        seed += xxh3_64_intdigest(_utf8(cache_namespace, "cache_namespace"), 1)
     seed &= _U64
-    data = _little_endian("I", token_ids, "token ids", 32)
+    data = little_endian(words("I", token_ids, "token ids"))
     stride = 4 * block_size
     width = stride + 4 if eagle else stride
     starts = range(0, len(data) - width + 1, stride)
@@ -65,8 +66,10 @@ def local_block_hashes(
         return [xxh3_64_intdigest(data[start : start + width], seed) for start in starts]
     hashes = []
     for index, start in enumerate(starts):
-        objects = sorted(multimodal[index]) if index < len(multimodal) else []
-        content = data[start : start + width] + _little_endian("Q", objects, "hashes of multimodal objects", 64)
+        content = data[start : start + width]
+        if index < len(multimodal):
+            objects = words("Q", multimodal[index], "hashes of multimodal objects")
+            content += little_endian(array("Q", sorted(objects)))
         hashes.append(xxh3_64_intdigest(content, seed))
     return hashes
 
@@ -92,7 +95,7 @@ def sequence_hashes(local_hashes: Sequence[int], *, seed: int = SEED, parent: in
         raise InvalidInput(f"seed must be in [0, 2^64), got {seed}")
     if parent is not None and not 0 <= parent <= _U64:
         raise InvalidInput(f"parent must be in [0, 2^64) or None, got {parent}")
-    data = _little_endian("Q", local_hashes, "local hashes", 64)
+    data = little_endian(words("Q", local_hashes, "local hashes"))
     chain: list[int] = []
     for start in range(0, len(data), 8):
         own = data[start : start + 8]
@@ -195,11 +198,8 @@ def _low(value: int, bits: int) -> int:
     return value & ((1 << bits) - 1)
 
 
-def _little_endian(code: str, values: Sequence[int], what: str, bits: int) -> bytes:
+def _utf8(name: str, what: str) -> bytes:
     try:
-        words = array(code, values)
-    except (OverflowError, TypeError):
-        raise InvalidInput(f"{what} must be integers in [0, 2^{bits}), got {values!r:.120}") from None
-    if sys.byteorder == "big":
-        words.byteswap()
-    return words.tobytes()
+        return name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{what} must be text that UTF-8 can write, got {name!r:.80}: {error.reason}") from None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from xxhash import xxh3_128_digest
 
 from kvist.errors import InvalidInput
+from kvist.hashing.digests import words
 
 DEFAULT_SEED: Final = "vllm-none-hash"
 """What vLLM derives the chain's root from, for the two SHA-256 algorithms, where ``PYTHONHASHSEED`` is not set.
@@ -112,14 +112,11 @@ def block_hashes(
         raise InvalidInput(
             f"{algorithm} has no default root: give parent=none_hash({algorithm!r}, seed=PYTHONHASHSEED)"
         )
-    try:
-        words = array("I", token_ids)
-    except (OverflowError, TypeError):
-        raise InvalidInput(f"token ids must be integers in [0, 2^32), got {token_ids!r:.120}") from None
+    ids = words("I", token_ids, "token ids")
     last = none_hash(algorithm) if parent is None else parent
     hashes = []
-    for index in range(len(words) // block_size):
-        tokens = tuple(words[index * block_size : (index + 1) * block_size])
+    for index in range(len(ids) // block_size):
+        tokens = tuple(ids[index * block_size : (index + 1) * block_size])
         last = digest((last, tokens, extra_keys[index] if index < len(extra_keys) else None))
         hashes.append(last)
     return hashes

@@ -43,17 +43,12 @@ class Index:
     A pool is ``(worker, dp_rank)``; each has its own events. Applying a log from its start gives the blocks that its
     pool holds, tier by tier, whatever the order of the removals: a block whose parent has gone is not found, and is
     again when the parent is back.
-
-    Args:
-        keep_orphans: a run whose parent is unknown is kept aside until the parent is told, rather than refused.
     """
 
-    def __init__(self, *, keep_orphans: bool = False) -> None:
+    def __init__(self) -> None:
         self._tree = Tree()
-        self._keep_orphans = keep_orphans
         self._shifts: dict[Pool, int] = {}  # of the pool's four bits
         self._pools: dict[int, Pool] = {}  # by shift
-        self._orphans: dict[Pool, dict[int, Run]] = {}  # by unknown parent
         self._devices = 0  # the lowest bit of every pool
         self._members: dict[int, tuple[Pool, ...]] = {}
 
@@ -101,7 +96,7 @@ class Index:
         """Take one event of a worker. What is stored again, or removed unknown, changes nothing.
 
         Raises:
-            NotFound: a run's parent is unknown to the pool (and orphans are not kept). Nothing has changed.
+            NotFound: a run's parent is unknown to the pool. Nothing has changed.
             InvalidInput: no local hashes, not one for each block, or a block twice in a run. Nothing has changed.
         """
         data = event.data
@@ -110,7 +105,7 @@ class Index:
         if shift is None:
             if isinstance(data, Stored):
                 _checked(data)
-                if data.parent is not None and not self._keep_orphans:
+                if data.parent is not None:
                     raise _unknown_parent(pool, data.parent)
             self.add_worker(*pool)
             shift = self._shifts[pool]
@@ -119,8 +114,6 @@ class Index:
             self._store(pool, bit, data)
         elif isinstance(data, Removed):
             self._tree.drop(bit, data.hashes)
-            if pool in self._orphans:
-                self._drop_empty_orphans(pool)
         elif isinstance(data, Cleared):
             self._clear(pool)
 
@@ -189,23 +182,18 @@ class Index:
 
     def _store(self, pool: Pool, bit: int, data: Stored) -> None:
         names, blocks = _checked(data)
-        if not names:
-            return
         run, at = self._tree.root, 0
         if data.parent is not None:
             found = self._find_name(pool, bit, data.parent)
-            if found is not None:
-                run, at = found
-            elif self._keep_orphans:
-                run = self._orphans.setdefault(pool, {}).setdefault(data.parent, Run(None, ()))
-            else:
+            if found is None:
                 raise _unknown_parent(pool, data.parent)
+            run, at = found
+        if not names:
+            return
         if self._tree.maps[bit].keys().isdisjoint(names):
             self._tree.place(bit, run, at, names, blocks)
         else:
             self._tree.place_again(bit, run, at, names, blocks)
-        if pool in self._orphans:
-            self._bring_home(pool, names)
 
     def _find_name(self, pool: Pool, bit: int, name: int) -> tuple[Run, int] | None:
         """Where a name of the pool is, and how many blocks of its run it ends; its own tier before the others."""
@@ -216,77 +204,56 @@ class Index:
                 return None
         return self._tree.position(bit, name)
 
-    def _bring_home(self, pool: Pool, names: Sequence[int]) -> None:
-        """Put the orphans of these blocks below them."""
-        orphans = self._orphans[pool]
-        for name in names:
-            if name not in orphans:
-                continue
-            start = orphans.pop(name)
-            told = list(self._told_below(pool, start, name))
-            for bit, data in told:
-                if isinstance(data, Stored):
-                    self._tree.drop(bit, data.hashes)
-            for bit, data in told:
-                if isinstance(data, Stored):
-                    self._store(pool, bit, data)
-                else:
-                    self._tree.drop(bit, data.hashes)
-        if pool in self._orphans:
-            self._drop_empty_orphans(pool)
-
-    def _drop_empty_orphans(self, pool: Pool) -> None:
-        orphans = self._orphans[pool]
-        for name in [name for name, start in orphans.items() if not start.children]:
-            del orphans[name]
-        if not orphans:
-            del self._orphans[pool]
-
     def _clear(self, pool: Pool) -> None:
         for bit in _bits(self._shifts[pool]):
             self._tree.clear(bit)
-        self._orphans.pop(pool, None)
 
     def _told(self, pool: Pool) -> Iterator[Event]:
-        shift = self._shifts[pool]
-        tiers = dict(zip(_bits(shift), TIERS, strict=True))
-        starts: list[tuple[Run, int | None]] = [(self._tree.root, None)]
-        starts += [(start, name) for name, start in self._orphans.get(pool, {}).items()]
-        told = (each for start, name in starts for each in self._told_below(pool, start, name))
-        for event_id, (bit, data) in enumerate(told):
+        tiers = dict(zip(_bits(self._shifts[pool]), TIERS, strict=True))
+        for event_id, (bit, data) in enumerate(self._told_of(list(tiers))):
             yield Event(event_id, data, tiers[bit], pool[1])
 
-    def _told_below(self, pool: Pool, start: Run, above: int | None) -> Iterator[tuple[int, Stored | Removed]]:
-        """What to say of a pool's blocks below a run; ``above`` is the name of the run's last block."""
-        bits = _bits(self._shifts[pool])
+    def _told_of(self, bits: Sequence[int]) -> Iterator[tuple[int, Stored | Removed]]:
+        """What to say of the blocks of a pool, and of which tier."""
         maps = [self._tree.maps[bit] for bit in bits]
-        known_after = self._runs_that_lead(start, sum(bits))
-        last_names: dict[Run, int | None] = {start: above}
+        leading = self._runs_that_lead(sum(bits))
+        parents: dict[Run, int | None] = {self._tree.root: None}
         lent: list[int] = []
         spare = (name for name in count(1) if all(name not in held_by for held_by in maps))
-        for run in self._tree.walk(start):
-            if run not in known_after or run.parent not in last_names:
+        for run in self._tree.walk(self._tree.root):
+            if run not in leading or run.parent is None:
                 continue
-            parent = last_names[run.parent]
-            told = False
+            parent = parents[run.parent]
+            size = len(run.blocks)
             for bit in bits:
                 known = run.names.get(bit, ())
-                for layer in range(0, len(known), len(run.blocks)):
-                    yield bit, Stored(known[layer : layer + len(run.blocks)], parent, run.blocks)
-                    last_names[run] = known[layer + len(run.blocks) - 1]
-                    told = True
-            if not told:
-                names = [next(spare) for _ in range(len(run.blocks))]
+                for layer in range(0, len(known), size):
+                    yield bit, Stored(known[layer : layer + size], parent, run.blocks)
+            if leading.isdisjoint(run.children.values()):
+                continue
+            last = self._last_name(run, bits)
+            if last is None:
+                names = [next(spare) for _ in range(size)]
                 lent += names
+                last = names[-1]
                 yield bits[0], Stored(names, parent, run.blocks)
-                last_names[run] = names[-1]
+            parents[run] = last
         if lent:
             yield bits[0], Removed(lent)
 
-    def _runs_that_lead(self, start: Run, pool_bits: int) -> set[Run]:
-        """The runs below ``start`` that the pool holds in any tier, and those on the way to them."""
+    def _last_name(self, run: Run, bits: Sequence[int]) -> int | None:
+        """A name that means the last block of a run in all tiers of a pool that know it."""
+        size = len(run.blocks)
+        ends = {bit: run.names.get(bit, ())[size - 1 :: size] for bit in bits}
+        for name in (name for of_tier in ends.values() for name in of_tier):
+            if all(name in ends[bit] or name not in self._tree.maps[bit] for bit in bits):
+                return name
+        return None
+
+    def _runs_that_lead(self, pool_bits: int) -> set[Run]:
+        """The runs that the pool holds in any tier, and those on the way to them."""
         leading: set[Run] = set()
-        for run in self._tree.walk(start):
+        for run in self._tree.walk(self._tree.root):
             if run.held & pool_bits:
                 above: Run | None = run
                 while above is not None and above not in leading:

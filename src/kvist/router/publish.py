@@ -63,6 +63,7 @@ class Publisher:
         topic: str = "",
         dp_rank: int = 0,
         lora_name: str | None = None,
+        cache_salt: str | None = None,
         buffer_batches: int = 10_000,
         queue_batches: int = 100_000,
         clock: Callable[[], float] = time.time,
@@ -75,8 +76,9 @@ class Publisher:
             block_size: tokens a block; subscribers need it to know the blocks by their tokens.
             codec: the form of a batch.
             topic: what subscribers filter by.
-            dp_rank: data-parallel rank, told with every batch.
+            dp_rank: data-parallel rank of all events, told with every batch.
             lora_name: adapter that all blocks belong to.
+            cache_salt: the tenant that all blocks belong to; see `kvist.router.wire.BlockEvent`.
             buffer_batches: how many batches can be asked for again.
             queue_batches: how many may wait for one slow subscriber before it loses some.
             clock: seconds since the epoch.
@@ -96,6 +98,7 @@ class Publisher:
         self._topic = topic.encode()
         self._dp_rank = dp_rank
         self._lora_name = lora_name
+        self._cache_salt = cache_salt
         self._clock = clock
         self._lock = threading.Lock()
         self._buffer: deque[tuple[bytes, bytes]] = deque(maxlen=buffer_batches)
@@ -127,15 +130,19 @@ class Publisher:
             The batch's number; ``None`` if there were no events, of which nothing is sent.
 
         Raises:
-            InvalidInput: stored blocks without token ids, by which subscribers know them; events that the form cannot
-                carry. Nothing was sent.
+            InvalidInput: events of another rank; stored blocks without token ids, by which subscribers know them, or
+                with local hashes that are not theirs; events that the form cannot carry. Nothing was sent.
             Conflict: the publisher is closed.
         """
         if not events:
             return None
+        for event in events:
+            if event.dp_rank != self._dp_rank:
+                raise InvalidInput(f"this publisher tells events of rank {self._dp_rank}, got one of {event.dp_rank}")
         if any(isinstance(event.data, Stored) and event.data.token_ids is None for event in events):
             raise InvalidInput("stored blocks must be told with their token ids: subscribers know them by these")
-        told = [from_event(event, block_size=self._block_size, lora_name=self._lora_name) for event in events]
+        names = {"lora_name": self._lora_name, "cache_salt": self._cache_salt}
+        told = [from_event(event, block_size=self._block_size, **names) for event in events]
         with self._lock:
             if self._pub.closed:
                 raise Conflict("the publisher is closed")

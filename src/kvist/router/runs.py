@@ -7,11 +7,14 @@ tuples, a run at a time, and meets something new only where something changes. A
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 # Neighbours that have become alike are joined up to this length: longer runs make lookups faster, cuts dearer. Engines
 # store one block at a time as they decode, and as many as a prompt has before.
 JOINED = 16
-_PASSED_ON = -1  # stands for a name that moves from one block to another; hashes are never negative
+# No run is longer than this: a cut copies what follows it in the run.
+LONGEST = 128
+_PASSED_ON: Final[Any] = object()  # stands for a name that moves from one block to another
 
 
 class Run:
@@ -172,11 +175,13 @@ class Tree:
                 run.names[bit] += names
                 self.maps[bit].update(dict.fromkeys(names, run))
                 return
-        leaf = Run(run, blocks)
-        leaf.held = bit
-        leaf.names[bit] = names
-        run.children[blocks[0]] = leaf
-        self.maps[bit].update(dict.fromkeys(names, leaf))
+        for start in range(0, len(blocks), LONGEST):
+            leaf = Run(run, blocks[start : start + LONGEST])
+            leaf.held = bit
+            leaf.names[bit] = names[start : start + LONGEST]
+            run.children[blocks[start]] = leaf
+            self.maps[bit].update(dict.fromkeys(leaf.names[bit], leaf))
+            run = leaf
 
     def _forget(self, bit: int, run: Run, start: int, many: int) -> None:
         """Take ``many`` of a holder's names from a run, from that which is number ``start``."""

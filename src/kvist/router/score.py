@@ -28,7 +28,7 @@ class ScoreConfig:
         device_credit: for a block on the device (Dynamo: ``overlap_score_credit``).
         device_credit_decay: how fast that credit shrinks in a pool with more prompt work waiting than the idlest one.
         host_credit: for a block in host memory.
-        disk_credit: for a block on disk.
+        disk_credit: for a block on disk or in external storage.
         shared_credit: for a block in a cache that all pools share (Dynamo: ``shared_cache_multiplier``).
         active_request_weight: blocks charged for each request under way.
         temperature: 0 takes the cheapest; more spreads, as a softmax over costs scaled to 0..1.
@@ -59,7 +59,7 @@ class Candidate:
     Attributes:
         overlap: leading blocks of the prompt that it has.
         waiting_tokens: prompt tokens of requests that have no first token yet, without this one.
-        held_blocks: blocks of all requests under way, and of this one.
+        held_blocks: full blocks of all requests under way, and all of this one.
         requests: requests under way, without this one.
         shared_blocks: blocks after those on the device that a shared cache has.
     """
@@ -76,7 +76,7 @@ def credit(config: ScoreConfig, overlap: Overlap, *, shared_blocks: float = 0, d
     return (
         config.device_credit * decay * overlap.device
         + config.host_credit * (overlap.host - overlap.device)
-        + config.disk_credit * (overlap.disk - overlap.host)
+        + config.disk_credit * (overlap.external - overlap.host)
         + config.shared_credit * shared_blocks
     )
 
@@ -124,13 +124,15 @@ def pick(costs: Sequence[float], temperature: float, sample: float) -> int:
         weights = [1.0] * len(costs)
     else:
         weights = [math.exp((least - each) / (most - least) / temperature) for each in costs]
-    total = sum(weights)
-    reached = 0.0
+    left = sample * sum(weights)
+    picked = 0
     for i, weight in enumerate(weights):
-        reached += weight / total
-        if sample <= reached:
-            return i
-    return len(costs) - 1
+        if weight:  # what has none is never picked
+            picked = i
+            left -= weight
+            if left < 0:
+                break
+    return picked
 
 
 def blocks_of(tokens: int, block_size: int) -> int:
@@ -264,7 +266,7 @@ class Selector:
     def start(
         self, request_id: str, pool: Pool, *, tokens: int, overlap: Overlap = _NOTHING, hashes: Sequence[int] = ()
     ) -> None:
-        """Count a request in a pool: its blocks until `finish`, its prompt less the credit until `first_token`.
+        """Count a request in a pool: its full blocks until `finish`, its prompt less the credit until `first_token`.
 
         Raises:
             NotFound: the pool is unknown.
@@ -275,7 +277,7 @@ class Selector:
         if request_id in self._requests:
             raise AlreadyExists(f"request {request_id!r} is under way in {self._requests[request_id].pool}")
         _check_positive(tokens=tokens)
-        unnamed = max(0, blocks_of(tokens, self.block_size) - len(hashes))
+        unnamed = max(0, tokens // self.block_size - len(hashes))
         waiting = max(0.0, tokens - credit(self.config, overlap) * self.block_size)
         self._requests[request_id] = _Request(pool, tuple(hashes), unnamed, waiting)
         load.waiting_tokens += waiting

@@ -6,6 +6,7 @@ after every silence. The rules of a stream are `kvist.router.feed`'s.
 
 from __future__ import annotations
 
+import errno
 import math
 import threading
 import time
@@ -18,7 +19,7 @@ import zmq
 from msgspec import structs
 from zmq.utils.monitor import recv_monitor_message
 
-from kvist.errors import AlreadyExists, EngineError, InvalidInput, NotFound
+from kvist.errors import AlreadyExists, Conflict, EngineError, InvalidInput, NotFound
 from kvist.router.feed import Feed, FeedState, FeedStats, Follower, Snapshot
 from kvist.router.index import Worker
 from kvist.router.publish import END, SEQ_BYTES
@@ -28,6 +29,7 @@ _AT_ONCE: Final = 256
 """Batches of one stream that are read before the others have their turn."""
 _FIRST_INTERVAL_S: Final = 0.1
 """From a connection to the first question; then twice as long each time."""
+_LONGEST_SLEEP_S: Final = 86_400.0
 
 FollowerT = TypeVar("FollowerT", bound=Follower)
 
@@ -57,12 +59,12 @@ class Subscriber(Generic[FollowerT]):
             queue_batches: how many batches of one worker may wait to be read before some are lost.
 
         Raises:
-            InvalidInput: a number that is not positive.
+            InvalidInput: a number that is not positive and finite.
         """
         numbers = {"replay_timeout_s": replay_timeout_s, "check_interval_s": check_interval_s}
         for name, value in {**numbers, "queue_batches": queue_batches}.items():
-            if value is not None and value <= 0:
-                raise InvalidInput(f"{name} must be positive, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidInput(f"{name} must be positive and finite, got {value}")
         self._index = index
         self._replay_timeout = replay_timeout_s
         self._check_interval = check_interval_s
@@ -72,7 +74,9 @@ class Subscriber(Generic[FollowerT]):
         self._tasks: deque[Callable[[], None]] = deque()
         self._error: Exception | None = None
         self._is_closed = False
+        self._reader: int | None = None  # the thread that is within `reading`
         self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
         ear = self._context.socket(zmq.PAIR)
         ear.bind("inproc://tasks")
         self._bell = self._context.socket(zmq.PAIR)
@@ -89,9 +93,10 @@ class Subscriber(Generic[FollowerT]):
         dp_rank: int = 0,
         topic: str = "",
         codec: Codec = vllm,
+        block_size: int | None = None,
         snapshot: Callable[[], Snapshot | None] | None = None,
     ) -> None:
-        """Follow one rank of a worker. It need not run yet.
+        """Follow one rank of a worker. It need not run yet. Takes up to four sockets.
 
         Args:
             worker: its name in the index.
@@ -100,20 +105,34 @@ class Subscriber(Generic[FollowerT]):
             dp_rank: the rank under which its events are filed.
             topic: what its messages begin with.
             codec: the form of its batches.
-            snapshot: see `Feed`. It is called in the subscriber's thread.
+            block_size: tokens a block, as prompts are hashed for lookups; blocks of another size are refused, since
+                none would be found. ``None``: any size is taken.
+            snapshot: see `Feed`. It is called in the subscriber's thread: all other streams, `reading` and `stats` wait
+                until it returns.
 
         Raises:
             AlreadyExists: this rank is followed.
-            InvalidInput: an address that is none.
+            InvalidInput: an address that is none; a number out of range.
+            EngineError: no more sockets can be opened.
         """
         if dp_rank < 0:
             raise InvalidInput(f"dp_rank must be at least 0, got {dp_rank}")
+        if block_size is not None and block_size < 1:
+            raise InvalidInput(f"block_size must be at least 1 token, got {block_size}")
         with self._changed:
             self._must_live()
             if (worker, dp_rank) in self._streams:
                 raise AlreadyExists(f"worker {worker!r}, rank {dp_rank} is followed")
             can_replay = replay_endpoint is not None
-            feed = Feed(self._index, worker, dp_rank=dp_rank, codec=codec, can_replay=can_replay, snapshot=snapshot)
+            feed = Feed(
+                self._index,
+                worker,
+                dp_rank=dp_rank,
+                codec=codec,
+                can_replay=can_replay,
+                block_size=block_size,
+                snapshot=snapshot,
+            )
             stream = _Stream(self._context, feed, endpoint, replay_endpoint, topic.encode(), self._queue_batches)
             self._streams[worker, dp_rank] = stream
             self._ring()
@@ -158,7 +177,9 @@ class Subscriber(Generic[FollowerT]):
 
         Raises:
             NotFound: it is not followed.
+            Conflict: called within `reading`, where nothing changes.
         """
+        self._must_not_read()
 
         def is_there() -> bool:
             stats = self._stream(worker, dp_rank).feed.stats
@@ -172,14 +193,20 @@ class Subscriber(Generic[FollowerT]):
         """The index, while no event changes it."""
         with self._changed:
             self._must_live()
-            yield self._index
+            outer, self._reader = self._reader, threading.get_ident()
+            try:
+                yield self._index
+            finally:
+                self._reader = outer
 
     def close(self) -> None:
         """Stop following. The index stays as it is. Closing twice is nothing.
 
         Raises:
             EngineError: the thread had failed.
+            Conflict: called within `reading`, for whose end the thread would wait.
         """
+        self._must_not_read()
         with self._changed:
             if self._is_closed:
                 return
@@ -209,6 +236,10 @@ class Subscriber(Generic[FollowerT]):
         if self._is_closed:
             raise EngineError("the subscriber is closed")
 
+    def _must_not_read(self) -> None:
+        if self._reader == threading.get_ident():
+            raise Conflict("this thread holds the index: leave reading() first")
+
     def _run(self, ear: zmq.Socket[bytes]) -> None:
         """The thread."""
         try:
@@ -235,7 +266,8 @@ class Subscriber(Generic[FollowerT]):
                     poller.register(socket, zmq.POLLIN)
             dues = [stream.due(self._replay_timeout, self._check_interval) for stream in streams]
         due = min((due for due in dues if due is not None), default=None)
-        ready = dict(poller.poll(None if due is None else max(0, math.ceil((due - time.monotonic()) * 1000))))
+        wait = None if due is None else min(max(0.0, due - time.monotonic()), _LONGEST_SLEEP_S)
+        ready = dict(poller.poll(None if wait is None else math.ceil(wait * 1000)))
         with self._changed:
             if ear in ready:
                 ear.recv()
@@ -273,16 +305,23 @@ class _Stream:
         self._dealer: zmq.Socket[bytes] | None = None
         self._heard = time.monotonic()
         self._young_interval = math.inf
-        self._sub = context.socket(zmq.SUB)
-        self._sub.setsockopt(zmq.RCVHWM, queue_batches)
-        self._monitor = self._sub.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._sub.subscribe(topic)
         try:
+            self._sub = context.socket(zmq.SUB)
+        except zmq.ZMQError as error:
+            raise EngineError(f"cannot follow {endpoint!r}: {error}") from None
+        self._opened = [self._sub]
+        try:
+            self._sub.setsockopt(zmq.RCVHWM, queue_batches)
+            self._monitor = self._sub.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            self._opened.append(self._monitor)
+            self._sub.subscribe(topic)
             self._sub.connect(endpoint)
             if replay_endpoint is not None:
                 self._open_dealer(replay_endpoint).close(linger=0)
         except zmq.ZMQError as error:
             self.close()
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise EngineError(f"cannot follow {endpoint!r}: {error}") from None
             raise InvalidInput(f"cannot connect to {endpoint!r} and {replay_endpoint!r}: {error}") from None
 
     def sockets(self) -> list[zmq.Socket[bytes]]:
@@ -300,9 +339,8 @@ class _Stream:
     ) -> None:
         """Deal with what came, or with the silence."""
         if self._dealer is not None:
-            if self._dealer in ready:
+            if self._dealer in ready and self._read_replay(self._dealer):
                 self._heard = now
-                self._read_replay(self._dealer)
             elif now - self._heard >= replay_timeout:
                 self._end_replay(answered=False)
             return
@@ -330,8 +368,8 @@ class _Stream:
             return
         self.is_closed = True
         self._sub.disable_monitor()
-        self._sub.close(linger=0)
-        self._monitor.close(linger=0)
+        for socket in self._opened:
+            socket.close(linger=0)
         if self._dealer is not None:
             self._dealer.close(linger=0)
 
@@ -348,21 +386,24 @@ class _Stream:
             if self._dealer is not None:
                 return
 
-    def _read_replay(self, dealer: zmq.Socket[bytes]) -> None:
+    def _read_replay(self, dealer: zmq.Socket[bytes]) -> bool:
+        """Whether something came that we did not have. Nothing else keeps a replay open."""
+        is_new = False
         for _ in range(_AT_ONCE):
             try:
                 frames = dealer.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                break
             seq, payload = frames[-2:] if len(frames) in (3, 4) else (b"", b"")  # newer vLLMs tell the topic, too
             if len(seq) != SEQ_BYTES:
                 self.feed.stats.malformed += 1
                 self.feed.stats.last_error = f"expected a replayed batch, got frames of {_lengths(frames)}"
             elif seq == END:
                 self._end_replay(answered=True)
-                return
+                return True
             else:
-                self.feed.replayed(int.from_bytes(seq, "big"), payload)
+                is_new |= self.feed.replayed(int.from_bytes(seq, "big"), payload)
+        return is_new
 
     def _end_replay(self, *, answered: bool) -> None:
         if self._dealer is not None:
@@ -372,10 +413,15 @@ class _Stream:
 
     def _ask(self, start: int | None) -> None:
         """A socket for each request: what is left of an older answer cannot come in between."""
-        if start is not None and self._replay_endpoint is not None:
-            self._heard = time.monotonic()
+        if start is None or self._replay_endpoint is None:
+            return
+        self._heard = time.monotonic()
+        try:
             self._dealer = self._open_dealer(self._replay_endpoint)
-            self._dealer.send_multipart([b"", start.to_bytes(SEQ_BYTES, "big")])
+            self._dealer.send_multipart([b"", start.to_bytes(SEQ_BYTES, "big")], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            self.feed.stats.last_error = f"cannot ask {self._replay_endpoint!r}: {error}"
+            self._end_replay(answered=False)
 
     def _open_dealer(self, endpoint: str) -> zmq.Socket[bytes]:
         dealer = self._context.socket(zmq.DEALER)

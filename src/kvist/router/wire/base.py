@@ -45,6 +45,8 @@ class BlockEvent(Struct, frozen=True):
         block_size: tokens a block, of `Stored` alone; ``None`` if it is not told.
         lora_id: the adapter's number in its engine.
         lora_name: the adapter's name.
+        cache_salt: keeps tenants apart: Dynamo's cache namespace, under the name that it reads. vLLM itself tells salts
+            in ``extra_keys`` alone.
         extra_keys: of each stored block what its hash depends on beside its tokens, or ``None`` for a block without.
         group: the engine's KV cache group; engines with several tell each block once a group, under the same hash.
         spec_kind: the group's kind of attention, in vLLM's words.
@@ -57,6 +59,7 @@ class BlockEvent(Struct, frozen=True):
     block_size: int | None = None
     lora_id: int | None = None
     lora_name: str | None = None
+    cache_salt: str | None = None
     extra_keys: Sequence[Sequence[Any] | None] | None = None
     group: int | None = None
     spec_kind: str | None = None
@@ -67,8 +70,8 @@ class BlockEvent(Struct, frozen=True):
     def is_placeholder(self) -> bool:
         """Whether it names stored blocks without saying what they hold.
 
-        vLLM's offloading connectors tell it so; the parent is then unknown, not the root: look the hash up among the
-        worker's blocks of other tiers.
+        vLLM's offloading connectors may tell it so; the parent is then unknown, not the root. `kvist.router.feed`
+        refuses it, since the index would not know the blocks by their tokens.
         """
         return isinstance(self.data, Stored) and self.data.token_ids is None and not self.data.local_hashes
 
@@ -100,35 +103,44 @@ class Codec(Protocol):
         """The batch. Raises `InvalidInput` for bytes that are not of this form."""
 
 
-def to_event(event: BlockEvent, event_id: int, *, dp_rank: int = 0, cache_namespace: str = "") -> Event:
+def to_event(event: BlockEvent, event_id: int, *, dp_rank: int = 0) -> Event:
     """The event as a router's index takes it; local hashes are computed from the token ids if they are not there.
 
     Args:
         event: as decoded.
         event_id: its number in the worker's stream.
         dp_rank: of the publisher.
-        cache_namespace: see `kvist.hashing.local_block_hashes`.
 
     Raises:
         InvalidInput: token ids that do not fill the blocks, or without a block size.
     """
     data = event.data
     if isinstance(data, Stored) and data.token_ids and not data.local_hashes:
-        data = structs.replace(data, local_hashes=_local_hashes(event, data, cache_namespace))
+        data = structs.replace(data, local_hashes=_local_hashes(event, data))
     return Event(event_id, data, event.tier, dp_rank)
 
 
-def from_event(event: Event, *, block_size: int, lora_name: str | None = None) -> BlockEvent:
-    """kvist's own event as a batch carries it.
+def from_event(
+    event: Event, *, block_size: int, lora_name: str | None = None, cache_salt: str | None = None
+) -> BlockEvent:
+    """kvist's own event as a batch carries it: with token ids, from which readers compute the local hashes.
 
     Raises:
-        InvalidInput: a block size below 1.
+        InvalidInput: a block size below 1; local hashes that are not those of the token ids under this adapter
+            and salt.
     """
     if block_size < 1:
         raise InvalidInput(f"block_size must be at least 1 token, got {block_size}")
-    if isinstance(event.data, Stored):
-        return BlockEvent(event.data, event.tier, block_size=block_size, lora_name=lora_name)
-    return BlockEvent(event.data, event.tier)
+    data = event.data
+    if not isinstance(data, Stored):
+        return BlockEvent(data, event.tier)
+    told = BlockEvent(data, event.tier, block_size=block_size, lora_name=lora_name, cache_salt=cache_salt)
+    if data.token_ids and data.local_hashes and (computed := _local_hashes(told, data)) != list(data.local_hashes):
+        raise InvalidInput(
+            f"local hashes must be those of the token ids with lora_name={lora_name!r} and cache_salt={cache_salt!r}: "
+            f"expected {computed!r:.120}, got {list(data.local_hashes)!r:.120}"
+        )
+    return told
 
 
 def split_tokens(token_ids: Sequence[int], count: int, block_size: int, extra: int = 0) -> list[Sequence[int]]:
@@ -159,7 +171,10 @@ def join_tokens(stored: Stored, block_size: int | None) -> tuple[list[int], bool
         raise InvalidInput(f"stored blocks need a block_size of at least 1 token, got {block_size}")
     if len(blocks) != len(stored.hashes):
         raise InvalidInput(f"{len(stored.hashes)} stored blocks must have token ids each, got {len(blocks)}")
-    lengths = set(map(len, blocks))
+    try:
+        lengths = set(map(len, blocks))
+    except TypeError:
+        raise InvalidInput(f"token ids must be a sequence for each block, got {blocks!r:.120}") from None
     if not blocks or lengths == {block_size}:
         return list(chain.from_iterable(blocks)), False
     if lengths != {block_size + 1}:
@@ -192,13 +207,13 @@ def _identifier(key: Any) -> str:
 _HEX_DIGITS: Final = frozenset("0123456789abcdefABCDEF")
 
 
-def _local_hashes(event: BlockEvent, stored: Stored, cache_namespace: str) -> list[int]:
+def _local_hashes(event: BlockEvent, stored: Stored) -> list[int]:
     flat, eagle = join_tokens(stored, event.block_size)
     return local_block_hashes(
         flat,
         event.block_size or 1,
         lora_name=event.lora_name or "",
-        cache_namespace=cache_namespace,
+        cache_namespace=event.cache_salt or "",
         multimodal=multimodal_hashes(event.extra_keys),
         eagle=eagle,
     )

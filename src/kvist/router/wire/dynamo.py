@@ -18,7 +18,7 @@ _Natural = Annotated[int, Meta(ge=0)]
 _T = TypeVar("_T")
 
 
-class _Block(Struct):
+class _Block(Struct, gc=False):
     block_hash: _Natural
     tokens_hash: _Natural
 
@@ -132,17 +132,26 @@ def _data_from_wire(wire: _Data | str) -> EventData:
     if isinstance(wire, str) or (wire.stored is None) == (wire.removed is None):
         raise InvalidInput(f"data must be one of 'cleared', stored, removed; got {wire!r:.120}")
     if wire.removed is not None:
-        return Removed([_u64(value, "block_hash") for value in wire.removed.block_hashes])
+        return Removed(_not_above(wire.removed.block_hashes, "block_hash"))
     stored = wire.stored
     assert stored is not None
     return Stored(
-        [_u64(block.block_hash, "block_hash") for block in stored.blocks],
+        _not_above([block.block_hash for block in stored.blocks], "block_hash"),
         None if stored.parent_hash is None else _u64(stored.parent_hash, "parent_hash"),
-        [_u64(block.tokens_hash, "tokens_hash") for block in stored.blocks],
+        _not_above([block.tokens_hash for block in stored.blocks], "tokens_hash"),
     )
 
 
+def _not_above(naturals: list[int], name: str) -> list[int]:
+    """These, which are known to be integers of 0 or more."""
+    if naturals and max(naturals) > U64:
+        raise InvalidInput(f"{name} must be in [0, 2^64), got {max(naturals)}")
+    return naturals
+
+
 def _u64(value: int, name: str) -> int:
+    if type(value) is not int:
+        raise InvalidInput(f"{name} must be an integer, got {value!r:.80}")
     if not 0 <= value <= U64:
         raise InvalidInput(f"{name} must be in [0, 2^64), got {value}")
     return value

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from operator import index
 from typing import Annotated, Any, Final
 
-from msgspec import Meta, MsgspecError, Raw, Struct
+from msgspec import Meta, MsgspecError, Raw, Struct, convert
 from msgspec.msgpack import Decoder, Encoder
 
 from kvist.blocks.events import Tier
 from kvist.errors import InvalidInput
 from kvist.hashing.vllm import event_hash
-from kvist.router.wire.base import MEDIA, U64, Batch
+from kvist.router.wire.base import MEDIA, U64, Batch, BlockEvent
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Count = Annotated[int, Meta(ge=0)]
@@ -28,6 +29,25 @@ class Message(Struct, array_like=True):
     ts: float
     events: list[Raw]
     dp_rank: Count | None = None
+
+
+class Fields(Struct):
+    """What an event says beside its data, of the types that readers expect."""
+
+    block_size: Count | None
+    lora_id: int | None
+    lora_name: str | None
+    cache_salt: str | None
+    extra_keys: list[list[Any] | None] | None
+    group: Count | None
+    spec_kind: str | None
+    sliding_window: Count | None
+    locality: str | None
+
+
+class _Head(Struct):
+    ts: float
+    dp_rank: Count | None
 
 
 class _TaggedMap(Struct):
@@ -108,39 +128,62 @@ def checked_hashes(hashes: Iterable[int], parent: int | None = None) -> list[int
     """The hashes, all of them in [0, 2^64).
 
     Raises:
-        InvalidInput: another value, here or in ``parent``.
+        InvalidInput: another value, here or in ``parent``; what is no integer.
     """
-    values = list(hashes)
-    told = values if parent is None else [*values, parent]
+    values = _integers(hashes, "block hashes")
+    told = values if parent is None else [*values, *_integers([parent], "a parent's hash")]
     if told and not (min(told) >= 0 and max(told) <= U64):
         wrong = next(value for value in told if not 0 <= value <= U64)
         raise InvalidInput(f"block hashes must be in [0, 2^64), got {wrong}")
     return values
 
 
-def checked_tokens(token_ids: Sequence[int]) -> Sequence[int]:
+def checked_tokens(token_ids: Iterable[int]) -> list[int]:
     """The token ids, all of them in [0, 2^32).
 
     Raises:
-        InvalidInput: another value.
+        InvalidInput: another value; what is no integer.
     """
-    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < 1 << 32):
-        raise InvalidInput(f"token ids must be in [0, 2^32), got {min(token_ids)} to {max(token_ids)}")
-    return token_ids
+    values = _integers(token_ids, "token ids")
+    if values and not (min(values) >= 0 and max(values) < 1 << 32):
+        raise InvalidInput(f"token ids must be in [0, 2^32), got {min(values)} to {max(values)}")
+    return values
+
+
+def checked_fields(event: BlockEvent) -> Fields:
+    """What the event says beside its data.
+
+    Raises:
+        InvalidInput: a value that no reader would take.
+    """
+    try:
+        return convert(event, Fields, from_attributes=True)
+    except MsgspecError as error:
+        raise InvalidInput(f"a {type(event.data).__name__} event cannot be written: {error}") from None
+
+
+def _integers(values: Iterable[int], what: str) -> list[int]:
+    """Plain integers, whatever kind of integers they were."""
+    try:
+        return list(map(int, map(index, values)))
+    except TypeError:
+        raise InvalidInput(f"{what} must be integers, got {values!r:.120}") from None
 
 
 def write_message(batch: Batch, events: list[Any], form: str) -> bytes:
     """The batch with its events as they are written.
 
     Raises:
-        InvalidInput: a time that is not finite; a negative rank; a value that msgpack has no form for.
+        InvalidInput: a time that is not finite; a rank that is no count; a value that msgpack has no form for.
     """
-    if not math.isfinite(batch.ts):
-        raise InvalidInput(f"ts must be finite, got {batch.ts}")
-    if batch.dp_rank is not None and batch.dp_rank < 0:
-        raise InvalidInput(f"dp_rank must be at least 0, got {batch.dp_rank}")
     try:
-        return _ENCODER.encode([float(batch.ts), events, batch.dp_rank])
+        head = convert(batch, _Head, from_attributes=True)
+    except MsgspecError as error:
+        raise InvalidInput(f"{form} cannot be written: {error}") from None
+    if not math.isfinite(head.ts):
+        raise InvalidInput(f"ts must be finite, got {head.ts}")
+    try:
+        return _ENCODER.encode([head.ts, events, head.dp_rank])
     except (MsgspecError, TypeError, OverflowError, RecursionError, UnicodeEncodeError) as error:
         raise InvalidInput(f"{form} has values that msgpack has no form for: {error}") from None
 

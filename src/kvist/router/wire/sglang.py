@@ -18,6 +18,7 @@ from kvist.router.wire.base import Batch, BlockEvent, join_tokens, split_tokens
 from kvist.router.wire.messages import (
     Count,
     TokenId,
+    checked_fields,
     checked_hashes,
     checked_tokens,
     fold,
@@ -83,8 +84,8 @@ def encode(batch: Batch) -> bytes:
 
     Raises:
         InvalidInput: a hash outside 64 bits, a token id outside 32, token ids that do not fill the blocks, a field that
-            SGLang's form has no place for, a time that is not finite, a negative rank, a value that
-            msgpack has no form for.
+            SGLang's form has no place for, a field of another type than readers expect, a time that is not finite, a
+            negative rank, a value that msgpack has no form for.
     """
     return write_message(batch, [_to_wire(event) for event in batch.events], _FORM)
 
@@ -123,6 +124,7 @@ def _to_wire(event: BlockEvent) -> _Stored | _Removed | _Cleared:
     unset_except(
         {
             "lora_name": event.lora_name,
+            "cache_salt": event.cache_salt,
             "extra_keys": event.extra_keys,
             "group": event.group,
             "spec_kind": event.spec_kind,
@@ -135,14 +137,16 @@ def _to_wire(event: BlockEvent) -> _Stored | _Removed | _Cleared:
         return _Cleared()
     if isinstance(data, Removed):
         return _Removed(checked_hashes(data.hashes), _MEDIUM[event.tier])
-    tokens, eagle = join_tokens(data, event.block_size)
-    checked_tokens(tokens)
+    fields = checked_fields(event)
+    hashes = checked_hashes(data.hashes, data.parent)
+    flat, eagle = join_tokens(data, fields.block_size)
+    tokens = checked_tokens(flat)
     told: list[Any] = list(pairwise(tokens)) if eagle else tokens
     return _Stored(
-        checked_hashes(data.hashes, data.parent),
-        data.parent,
+        hashes,
+        None if data.parent is None else int(data.parent),
         told,
-        event.block_size or 0,
-        event.lora_id,
+        fields.block_size or 0,
+        fields.lora_id,
         _MEDIUM[event.tier],
     )

@@ -2,7 +2,8 @@
 
 Written is the form of vLLM 0.28 to 0.32, which its own decoder and Dynamo 1.6.1 read: an array ``[ts, events, rank]``
 with each event a map that has its kind under ``type``. Read is also the older form, each event an array with its kind
-first. Fields and kinds of newer engines: fields are not looked at, kinds are named in `Batch.skipped`.
+first. Fields and kinds of newer engines: fields are not looked at, kinds are named in `Batch.skipped`. The field
+``cache_salt`` is not vLLM's own: its decoder passes it over, and Dynamo's takes it for the namespace.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kvist.router.wire.messages import (
     Count,
     Hash,
     TokenId,
+    checked_fields,
     checked_hashes,
     checked_tokens,
     fold,
@@ -51,6 +53,7 @@ class _Stored(Struct, tag="BlockStored", omit_defaults=True):
     kv_cache_spec_kind: str | None = None
     kv_cache_spec_sliding_window: Count | None = None
     locality: str | None = None
+    cache_salt: str | None = None
 
 
 class _Removed(Struct, tag="BlockRemoved", omit_defaults=True):
@@ -132,8 +135,8 @@ def encode(batch: Batch) -> bytes:
 
     Raises:
         InvalidInput: a hash outside 64 bits, a token id outside 32, token ids that do not fill the blocks, blocks told
-            with the token after them, a time that is not finite, a negative rank, a value that msgpack has no form
-            for.
+            with the token after them, a field of another type than readers expect, a time that is not finite, a
+            negative rank, a value that msgpack has no form for.
     """
     return write_message(batch, [_to_wire(event) for event in batch.events], _FORM)
 
@@ -153,6 +156,7 @@ def _stored(wire: _Stored, tier: Tier, index: int) -> BlockEvent:
         block_size=wire.block_size or None,
         lora_id=wire.lora_id,
         lora_name=wire.lora_name,
+        cache_salt=wire.cache_salt,
         extra_keys=wire.extra_keys,
         group=wire.group_idx,
         spec_kind=wire.kv_cache_spec_kind,
@@ -197,25 +201,27 @@ def _to_wire(event: BlockEvent) -> _Stored | _Removed | _Cleared:
     medium = _MEDIUM[event.tier]
     if isinstance(data, Cleared):
         return _Cleared()
+    fields = checked_fields(event)
     if isinstance(data, Removed):
-        return _Removed([*checked_hashes(data.hashes)], medium, event.group, event.locality)
-    tokens, eagle = join_tokens(data, event.block_size)
+        return _Removed([*checked_hashes(data.hashes)], medium, fields.group, fields.locality)
+    hashes = checked_hashes(data.hashes, data.parent)
+    tokens, eagle = join_tokens(data, fields.block_size)
     if eagle:
         raise InvalidInput("vLLM's form has no place for the token after each block")
-    extra_keys = None if event.extra_keys is None else [None if keys is None else [*keys] for keys in event.extra_keys]
-    if extra_keys is not None and len(extra_keys) != len(data.hashes):
-        raise InvalidInput(f"{len(data.hashes)} stored blocks must have extra keys each, got {len(extra_keys)}")
+    if fields.extra_keys is not None and len(fields.extra_keys) != len(hashes):
+        raise InvalidInput(f"{len(hashes)} stored blocks must have extra keys each, got {len(fields.extra_keys)}")
     return _Stored(
-        [*checked_hashes(data.hashes, data.parent)],
-        data.parent,
-        [*checked_tokens(tokens)],
-        event.block_size or 0,
-        event.lora_id,
+        [*hashes],
+        None if data.parent is None else int(data.parent),
+        checked_tokens(tokens),
+        fields.block_size or 0,
+        fields.lora_id,
         medium,
-        event.lora_name,
-        extra_keys,
-        event.group,
-        event.spec_kind,
-        event.sliding_window,
-        event.locality,
+        fields.lora_name,
+        fields.extra_keys,
+        fields.group,
+        fields.spec_kind,
+        fields.sliding_window,
+        fields.locality,
+        fields.cache_salt,
     )
