@@ -164,6 +164,24 @@ def test_arc_moves_its_target_by_what_comes_back() -> None:
     assert list(policy) == [4, 2, 3]
 
 
+def test_arc_remembers_what_it_expects_until_it_comes() -> None:
+    """A pool may be asked in vain, and expect the same, or others, once more."""
+
+    def after(*expected: list[int]) -> tuple[list[int], float]:
+        policy = inserted(Arc(2), 1, 2)
+        policy.touch([2])
+        assert policy.evict(1) == [1]
+        policy.insert([3])
+        for keys in expected:
+            policy.expect(keys)
+        policy.evict(1)
+        for key in (1, 4, 5):
+            policy.insert([key])
+        return list(policy), policy._target
+
+    assert after([1]) == after([1], [9], [1]) == after([1], [1]) == ([3, 4, 1, 5], 1)
+
+
 def test_arc_learns_one_eviction_later_without_a_word() -> None:
     policy = inserted(Arc(4), 1, 2, 3, 4)
     used(policy, 1, 2)

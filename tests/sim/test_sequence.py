@@ -101,10 +101,40 @@ def test_pop_undoes_a_token() -> None:
     assert all(isinstance(block, FullBlock) for block in request.unique_blocks)
     (use,) = request.generate(8)
     assert isinstance(use, Use)
-    for _ in range(3):
+    request.pop()
+    with pytest.raises(Conflict, match="in a full block, which was promoted"):
         request.pop()
+    assert request.token_ids == tuple(range(8))
+    fresh = sequence(6)
+    fresh.generate(6)
+    fresh.pop()
     with pytest.raises(Conflict, match="generated nothing"):
+        fresh.pop()
+
+
+def test_a_name_is_that_of_its_tokens_whatever_is_undone() -> None:
+    request = ActiveSequence([1, 2], 9, 4, rng=Random(1))
+    for token in (3, 4, 5):
+        request.push(token)
+    request.pop()
+    with pytest.raises(Conflict):
         request.pop()
+    for token in (99, 5, 5, 5, 5):
+        request.push(token)
+    names = sequence_hashes(local_block_hashes([1, 2, 3, 4, 99, 5, 5, 5], 4))
+    assert list(request.unique_blocks[:2]) == [FullBlock(name) for name in names]
+
+
+@pytest.mark.parametrize("token", [-1, 1 << 32, 1.0, "a", None, True])
+@pytest.mark.parametrize("caching", [True, False])
+def test_what_is_no_token(token: Any, caching: bool) -> None:
+    with pytest.raises(InvalidInput, match="a token must be an integer"):
+        ActiveSequence([1, token], 4, 4, caching, rng=Random(1))
+    request = ActiveSequence([1, 2, 3, 4], 4, 4, caching, rng=Random(1))
+    with pytest.raises(InvalidInput, match="a token must be an integer"):
+        request.push(token)
+    assert (len(request), len(request.unique_blocks)) == (4, 1)
+    assert [type(move) for move in request.push(5)] == [Use]
 
 
 def test_the_last_token_gives_all_back() -> None:
@@ -120,6 +150,8 @@ def test_the_last_token_gives_all_back() -> None:
         manager.process(move)
         manager.check_integrity()
     assert request.is_done
+    assert request.num_allocated_tokens == 0
+    assert request.free_signal() == request.reset_with_signal() == []
     assert manager.num_active_blocks == 0
     assert manager.num_inactive_blocks == 2
     with pytest.raises(Conflict, match="all its 3 tokens"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvist.blocks import BlockManager, Deref, Event, EventLog, FullBlock, Tier, Use
+from kvist.blocks import BlockManager, Deref, Event, EventLog, FullBlock, Stored, Tier, Use
 from kvist.tiers import Level, Network, TierConfig, Tiers, TiersConfig
 
 SLOW = {"down_gb_per_s": 1.0, "up_gb_per_s": 1.0}
@@ -25,11 +25,12 @@ class Worker:
         *,
         network: Network | None = None,
         shared: dict[Tier, Level] | None = None,
+        policy: str = "lineage",
         **fields: Any,
     ) -> None:
         self.events: list[Event] = []
         log = EventLog(self.events.append)
-        self.manager = BlockManager(capacity, 2, events=log)
+        self.manager = BlockManager(capacity, 2, policy, events=log)
         fields = {"free_low": 0.0, "free_high": 0.0, **fields}
         config = TiersConfig(block_bytes=1_000_000, host=host or tier(), **fields)
         self.tiers = Tiers(self.manager, config, network=network, shared=shared)
@@ -78,3 +79,7 @@ def hashes(blocks: Sequence[int]) -> list[int]:
 
 def tokens(blocks: Sequence[int]) -> list[list[int]]:
     return [[block] * 2 for block in blocks]
+
+
+def stored(blocks: list[int], parent: int | None) -> Stored:
+    return Stored(blocks, parent, hashes(blocks), tokens(blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -26,6 +27,12 @@ def test_zero_bytes_and_no_limit_are_sizes() -> None:
     ("field", "value"),
     [
         ("capacity", 0),
+        ("capacity", 1.5),
+        ("capacity", "x"),
+        ("capacity", True),
+        ("down_gb_per_s", "fast"),
+        ("latency_ms", None),
+        ("policy", ["lru"]),
         ("down_gb_per_s", 0.0),
         ("down_gb_per_s", math.nan),
         ("up_gb_per_s", -1.0),
@@ -35,7 +42,7 @@ def test_zero_bytes_and_no_limit_are_sizes() -> None:
     ],
 )
 def test_a_tier(field: str, value: Any) -> None:
-    with pytest.raises(InvalidInput, match=rf"TierConfig\.{field} must be .*{value}"):
+    with pytest.raises(InvalidInput, match=rf"TierConfig\.{field} must be .*{re.escape(repr(value))}"):
         TierConfig(**{field: value})
 
 
@@ -43,6 +50,14 @@ def test_a_tier(field: str, value: Any) -> None:
     ("field", "value"),
     [
         ("block_bytes", -1),
+        ("block_bytes", 1.5),
+        ("host", None),
+        ("disk", 7),
+        ("mode", []),
+        ("admission_count", "2"),
+        ("batch_blocks", 1.0),
+        ("free_low", "0"),
+        ("free_high", None),
         ("external", TierConfig()),
         ("mode", "eager"),
         ("admission", "never"),

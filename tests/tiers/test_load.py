@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.tiers.making import Worker, hashes, tier, tokens
 
-from kvist.blocks import Removed, Stored, Tier
+from kvist.blocks import Deref, FullBlock, Removed, Stored, Tier, Use
 from kvist.errors import Conflict, InvalidInput
 from kvist.tiers import Load, LoadState
 
@@ -208,12 +208,11 @@ def test_a_chain_begins_at_its_root() -> None:
     worker = below(Worker(8), 1, 2)
     with pytest.raises(InvalidInput, match="root"):
         worker.tiers.load([2])
-    with pytest.raises(InvalidInput, match="root"):
-        worker.tiers.load([1, 1])
-    worker.run(1)
-    worker.drain()
-    with pytest.raises(InvalidInput, match="twice"):
-        worker.tiers.load([1, 1, 2])
+    for chain, lineage in (([1, 1, 2], []), ([5, 5], []), ([1, 2], [(1, None), (1, None)])):
+        with pytest.raises(InvalidInput, match="twice"):
+            worker.tiers.load(chain, lineage=lineage)
+    with pytest.raises(InvalidInput, match="sequence hash"):
+        worker.tiers.load([[1]])  # type: ignore[list-item]
     with pytest.raises(InvalidInput, match="2 blocks"):
         worker.tiers.load([1, 2], lineage=[(1, None)])
     assert worker.tiers.is_idle
@@ -227,3 +226,130 @@ def test_by_lineage() -> None:
     assert load.blocks == 2
     worker.drain()
     assert worker.manager.peek([1, 2]) == 2
+
+
+def test_by_lineage_without_parents() -> None:
+    lineage = [(110, None), (111, None)]
+    move = Use([FullBlock(10), FullBlock(11)], lineage=lineage)
+    worker = Worker(8)
+    assert worker.manager.process(move) == 2
+    worker.release(10, 11)
+    worker.drain()
+    worker.manager.clear()
+    worker.told()
+    assert worker.tiers.peek([10, 11], lineage=lineage) == 2
+    assert worker.tiers.load([10, 11], lineage=lineage).blocks == 2
+    worker.drain()
+    assert worker.told() == [Stored([10, 11], None, [0, 0])]
+    worker.check()
+    with pytest.raises(InvalidInput, match="root"):
+        below(worker, 1, 2).tiers.load([2], lineage=[(2, None)])
+
+
+def test_what_contradicts_the_device_when_it_arrives_stays_below() -> None:
+    worker = below(Worker(8), 1, 2, 3)
+    ended: list[Load] = []
+    load = worker.tiers.load([1, 2, 3])
+    load.then(ended.append)
+    assert worker.manager.process(Use([FullBlock(2)])) == 1  # as a root: there, 2 comes after 1
+    worker.told()
+    worker.drain()
+    assert ended == [load]
+    assert (load.state, load.blocks, load.brought) == (LoadState.DONE, 3, 1)
+    assert worker.told() == [Stored([1], None, hashes([1]), tokens([1]))]
+    assert (worker.manager.num_inactive_blocks, worker.manager.num_free_blocks) == (1, 6)
+    worker.check()
+    worker.manager.process(Deref([FullBlock(2)]))
+    assert worker.manager.num_active_blocks == 0
+
+
+def test_a_load_that_brings_nothing_gives_everything_back() -> None:
+    worker = below(Worker(8), 1, 2)
+    load = worker.tiers.load([1, 2])
+    assert worker.manager.process(Use([FullBlock(9), FullBlock(1)])) == 2  # 1 after 9
+    worker.drain()
+    assert (load.state, load.brought) == (LoadState.DONE, 0)
+    assert worker.manager.num_free_blocks == 6
+    assert worker.tiers.levels[0].pool.readers(1) == 0
+    worker.check()
+
+
+def test_the_prefix_is_given_back_tail_first() -> None:
+    worker = below(Worker(8, policy="lru"), 1, 2, 3, 4)
+    worker.run(1, 2, 3)
+    worker.drain()
+    worker.told()
+    worker.tiers.load([1, 2, 3, 4])
+    worker.drain()
+    worker.manager.free(worker.manager.allocate(8))
+    assert worker.told(Tier.DEVICE)[-1] == Removed([4, 3, 2, 1])
+
+
+def test_a_prefix_given_back_is_copied_root_first() -> None:
+    worker = Worker(8, queue_blocks=1)
+    for count in (1, 2, 3):
+        worker.run(*range(1, count + 1))
+        worker.drain()
+    worker.manager.clear()
+    pool = worker.tiers.levels[0].pool
+    pool.pin([3])
+    pool.clear(worker.manager.log)
+    pool.unpin([3])
+    assert worker.use(1, 2) == 2
+    assert worker.tiers.load([1, 2, 3]).blocks == 1
+    worker.release(1, 2)
+    assert worker.below() == {3}
+    worker.drain()
+    assert worker.below() == {1, 3}  # there is room for one in the queue
+
+
+def test_a_sink_that_fails_while_room_is_made_takes_nothing() -> None:
+    worker = below(Worker(4), 1, 2, 3)
+    worker.run(1)
+    worker.run(7, 8, 9)
+    worker.drain()
+    heard = worker.manager.log._sink
+
+    def fail(event: object) -> None:
+        raise OSError("sink")
+
+    worker.manager.log._sink = fail
+    with pytest.raises(OSError, match="sink"):
+        worker.tiers.load([1, 2, 3])
+    worker.manager.log._sink = heard
+    assert worker.tiers.is_idle
+    assert worker.manager.num_active_blocks == 0
+    assert [worker.tiers.levels[0].pool.readers(block) for block in (1, 2, 3)] == [0, 0, 0]
+    worker.check()
+
+
+def test_a_sink_that_refuses_what_arrived_is_not_the_device() -> None:
+    worker = below(Worker(4), 1, 2)
+    load = worker.tiers.load([1, 2])
+
+    def fail(event: object) -> None:
+        raise InvalidInput("sink")
+
+    worker.manager.log._sink = fail
+    with pytest.raises(InvalidInput, match="sink"):
+        worker.drain()
+    assert (load.state, load.brought) == (LoadState.DONE, 2)
+    assert worker.manager.peek([1, 2]) == 2
+    worker.check()
+
+
+def test_a_callback_that_fails_stops_no_other() -> None:
+    worker = below(Worker(4), 1)
+    load = worker.tiers.load([1])
+    called: list[str] = []
+
+    def first(load: Load) -> None:
+        called.append("first")
+        raise OSError("callback")
+
+    load.then(first)
+    load.then(lambda load: called.append("second"))
+    with pytest.raises(OSError, match="callback"):
+        worker.drain()
+    assert called == ["first", "second"]
+    assert worker.tiers.is_idle

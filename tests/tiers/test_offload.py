@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.tiers.making import Worker, hashes, tier, tokens
+from tests.tiers.making import Worker, stored, tier
 
-from kvist.blocks import EventLog, Removed, Stored, Tier
+from kvist.blocks import Removed, Tier
 from kvist.errors import Conflict, InvalidInput, NotFound
 from kvist.tiers import Level, Network
-
-
-def stored(blocks: list[int], parent: int | None) -> Stored:
-    return Stored(blocks, parent, hashes(blocks), tokens(blocks))
 
 
 def test_released_blocks_are_copied_while_they_stay() -> None:
@@ -176,7 +172,7 @@ def test_a_child_waits_for_its_parent() -> None:
     worker.run(1, 2)
     assert worker.use(3) == 0
     worker.tiers.advance(0.5)
-    assert worker.use(3, 4) == 0  # and now its parent
+    assert worker.manager.allocate(2) == []  # and now its parent
     worker.told()
     worker.tiers.advance(1.0)
     assert worker.told() == []
@@ -193,7 +189,7 @@ def test_a_child_whose_parent_is_nowhere_is_lost() -> None:
     worker.run(1, 2)
     assert worker.use(3) == 0  # 2 is copied
     worker.tiers.advance(0.5)
-    assert worker.use(3, 4) == 0  # 1 waits for 2, which will wait for 1, and there is one place
+    assert worker.manager.allocate(2) == []  # 1 waits for 2, which will wait for 1, and there is one place
     worker.drain()
     assert worker.below() == set()
     stats = worker.tiers.stats[Tier.HOST]
@@ -333,6 +329,42 @@ def test_clear() -> None:
     worker.check()
 
 
+def test_the_device_is_not_cleared_while_it_is_read() -> None:
+    worker = Worker(3, batch_blocks=1)
+    worker.run(1, 2, 3)  # 1 is on the link, 2 and 3 wait
+    with pytest.raises(Conflict):
+        worker.manager.clear()
+    assert worker.manager.num_inactive_blocks == 3
+    worker.drain()
+    worker.manager.clear()
+    assert worker.below() == {1, 2, 3}
+    worker.check()
+
+
+def test_the_device_is_read_until_its_own_copies_end() -> None:
+    worker = Worker(3, tier(capacity=1), disk=tier(down_gb_per_s=0.1), batch_blocks=1)
+    worker.run(1)
+    assert worker.tiers._offload.is_reading
+    worker.tiers.advance(1.0)
+    assert not worker.tiers._offload.is_reading
+    worker.run(2)  # and 1 goes on to the disk
+    worker.tiers.advance(2.0)
+    assert not worker.tiers.is_idle
+    assert not worker.tiers._offload.is_reading
+    worker.manager.clear()
+    worker.drain()
+    assert (worker.below(0), worker.below(1)) == ({2}, {1})
+    worker.check()
+
+
+def test_a_slot_is_kept_free_in_a_small_pool() -> None:
+    worker = Worker(10, free_low=0.01, free_high=0.02)
+    worker.run(*range(10))
+    worker.drain()
+    assert worker.manager.num_free_blocks == 1
+    worker.check()
+
+
 def test_close() -> None:
     worker = Worker(1)
     worker.run(1)
@@ -345,31 +377,3 @@ def test_close() -> None:
         worker.tiers.close()
     worker.run(2)
     assert worker.below() == {1}
-
-
-def test_a_sink_that_fails_stops_nothing() -> None:
-    heard: list[object] = []
-
-    def sink(event: object) -> None:
-        heard.append(event)
-        raise OSError("sink")
-
-    worker = Worker(8, batch_blocks=1)
-    worker.run(1, 2)
-    worker.manager.log._sink = sink
-    with pytest.raises(OSError, match="sink"):
-        worker.tiers.advance(1.0)
-    with pytest.raises(OSError, match="sink"):
-        worker.tiers.advance(5.0)
-    assert worker.below() == {1, 2}
-    assert worker.tiers.is_idle
-
-
-def test_without_a_sink_nothing_is_told() -> None:
-    worker = Worker(8)
-    worker.manager.log._sink = None
-    worker.run(1, 2)
-    worker.drain()
-    assert worker.below() == {1, 2}
-    assert worker.told() == []
-    assert isinstance(worker.manager.log, EventLog)

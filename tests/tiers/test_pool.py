@@ -25,7 +25,7 @@ def log(heard: list[Event]) -> EventLog:
 
 def test_an_empty_pool(log: EventLog) -> None:
     pool = LowerPool(Tier.HOST, 1)
-    assert len(pool) == pool.arriving == 0
+    assert len(pool) == 0
     assert 1 not in pool
     assert pool.get(1) is None and pool.told_by(1) is None and pool.readers(1) == 0
     assert pool.reserve([], log) == (0, [])
@@ -39,7 +39,6 @@ def test_what_arrives_is_not_there_yet(log: EventLog) -> None:
     pool = LowerPool(Tier.HOST, 2)
     assert pool.reserve([block(1), block(2, 1)], log) == (2, [])
     assert pool.holds(1) and 1 not in pool
-    assert pool.arriving == 2
     assert pool.reserve([block(3)], log) == (0, [])
     pool.commit([1])
     pool.cancel([2])
@@ -52,7 +51,12 @@ def test_what_goes_is_told_by_its_name(log: EventLog, heard: list[Event]) -> Non
     pool = LowerPool(Tier.DISK, 2)
     pool.reserve([block(1, name=11), block(2, 1, name=12)], log)
     pool.commit([1, 2])
-    assert pool.reserve([block(3), block(4, 3)], log) == (2, [block(2, 1, name=12), block(1, name=11)])
+    assert pool.reserve([block(3), block(4, 3)], log) == (
+        2,
+        [(log, block(2, 1, name=12)), (log, block(1, name=11))],
+    )
+    assert heard == []
+    pool.tell_gone([(log, block(2, 1, name=12)), (log, block(1, name=11))])
     assert heard == [Event(0, Removed([12, 11]), Tier.DISK)]
     pool.check_integrity()
 
@@ -65,7 +69,9 @@ def test_each_log_hears_of_what_it_brought(log: EventLog, heard: list[Event]) ->
         pool.reserve([block(key)], bringer)
         pool.commit([key])
     assert pool.told_by(2) is other
-    assert pool.reserve([block(4), block(5), block(6)], other)[0] == 3
+    fit, gone = pool.reserve([block(4), block(5), block(6)], other)
+    assert fit == 3
+    pool.tell_gone(gone)
     assert [event.data for event in heard] == [Removed([1]), Removed([3])]
     assert [event.data for event in others] == [Removed([2])]
 
@@ -78,11 +84,21 @@ def test_what_is_read_stays(log: EventLog) -> None:
     pool.pin([1, 2])
     pool.unpin([1, 2])
     assert pool.readers(1) == 1
-    assert pool.reserve([block(3), block(4)], log) == (1, [block(2)])
+    assert pool.reserve([block(3), block(4)], log) == (1, [(log, block(2))])
     pool.unpin([1])
     pool.commit([3])
     pool.check_integrity()
-    assert pool.reserve([block(4)], log) == (1, [block(1)])
+    assert pool.reserve([block(4)], log) == (1, [(log, block(1))])
+
+
+def test_nothing_comes_after_itself(log: EventLog) -> None:
+    pool = LowerPool(Tier.HOST, 9)
+    assert pool.reserve([block(2, 1), block(3, 2)], log)[0] == 2
+    pool.commit([2, 3])
+    assert pool.reserve([block(4), block(1, 3), block(5)], log)[0] == 1
+    assert pool.reserve([block(6, 6)], log)[0] == 0
+    assert pool.reserve([block(1)], log)[0] == 1
+    pool.check_integrity()
 
 
 @pytest.mark.parametrize("policy", ["lineage", "lru"])
@@ -91,7 +107,7 @@ def test_parents_stay_for_their_children(log: EventLog, policy: str) -> None:
     pool.reserve([block(1), block(9)], log)
     pool.commit([1])
     pool.commit([9])
-    assert pool.reserve([block(2, 1), block(3, 2)], log) == (1, [block(9)])
+    assert pool.reserve([block(2, 1), block(3, 2)], log) == (1, [(log, block(9))])
     assert pool.reserve([block(3, 1)], log) == (0, [])
     pool.check_integrity()
 
@@ -102,7 +118,7 @@ def test_use_keeps(log: EventLog) -> None:
     pool.commit([2])
     pool.commit([1])
     pool.touch([2])
-    assert pool.reserve([block(3)], log) == (1, [block(1)])
+    assert pool.reserve([block(3)], log) == (1, [(log, block(1))])
 
 
 def test_clear_takes_what_one_log_brought(log: EventLog, heard: list[Event]) -> None:
@@ -132,10 +148,11 @@ def test_mistakes_change_nothing(log: EventLog) -> None:
         (pool.pin, [1, 2]),
         (pool.touch, [2]),
         (pool.unpin, [1]),
+        (pool.pin, [1, 1]),
     ):
         with pytest.raises(NotFound, match="host_pinned"):
             call(keys)
-    assert pool.arriving == len(pool) == 1
+    assert len(pool) == 1 and pool.holds(2)
     pool.check_integrity()
 
 
@@ -144,3 +161,31 @@ def test_sizes_and_policies() -> None:
         LowerPool(Tier.HOST, 0)
     with pytest.raises(InvalidInput, match="policy"):
         LowerPool(Tier.HOST, 1, "newest")
+
+
+def test_a_reader_is_lost_once_a_call(log: EventLog) -> None:
+    pool = LowerPool(Tier.HOST, 2)
+    pool.reserve([block(1)], log)
+    pool.commit([1])
+    pool.pin([1])
+    for readers in (1, 2):
+        with pytest.raises(NotFound, match="twice"):
+            pool.unpin([1, 1])
+        assert pool.readers(1) == readers
+        pool.check_integrity()
+        pool.pin([1])
+
+
+def test_a_sink_that_fails_keeps_nothing_from_others(log: EventLog, heard: list[Event]) -> None:
+    def fail(event: Event) -> None:
+        raise OSError("sink")
+
+    pool = LowerPool(Tier.EXTERNAL, 2, "fifo")
+    for key, bringer in ((1, EventLog(fail)), (2, log)):
+        pool.reserve([block(key)], bringer)
+        pool.commit([key])
+    _, gone = pool.reserve([block(3), block(4)], log)
+    with pytest.raises(OSError, match="sink"):
+        pool.tell_gone(gone)
+    assert [event.data for event in heard] == [Removed([2])]
+    pool.check_integrity()

@@ -6,7 +6,7 @@ pools hold, tier by tier.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 
 from msgspec import Struct
@@ -80,15 +80,39 @@ class EventLog:
         self._sink = sink
         self._dp_rank = dp_rank
         self._next_id = 0
+        self._tells_of_lower = False
 
     @property
     def is_heard(self) -> bool:
         """Whether there is a sink: without one there is no need to gather what events would say."""
         return self._sink is not None
 
+    @property
+    def dp_rank(self) -> int:
+        """Data-parallel rank in its events."""
+        return self._dp_rank
+
+    @property
+    def tells_of_lower(self) -> bool:
+        """Whether an event of another tier than the device was ever published: a Cleared would be heard as its, too."""
+        return self._tells_of_lower
+
     def emit(self, data: EventData, tier: Tier = Tier.DEVICE) -> None:
         """Publish one event. A sink's error reaches the caller, whose own state is already changed."""
-        if self._sink is not None:
+        self.emit_all((data,), tier)
+
+    def emit_all(self, events: Iterable[EventData], tier: Tier = Tier.DEVICE) -> None:
+        """Publish events, whatever the sink does: its first error reaches the caller after the last of them."""
+        if self._sink is None:
+            return
+        error: Exception | None = None
+        for data in events:
             event = Event(self._next_id, data, tier, self._dp_rank)
             self._next_id += 1
-            self._sink(event)
+            self._tells_of_lower = self._tells_of_lower or tier is not Tier.DEVICE
+            try:
+                self._sink(event)
+            except Exception as raised:
+                error = error or raised
+        if error is not None:
+            raise error

@@ -24,12 +24,12 @@ class Held:
         if names:
             self._chains[names[-1]] = (names, slots)
 
-    def take(self, names: Sequence[int]) -> list[int] | None:
-        """The slots of a whole chain, which is given back the tail first; ``None`` if there is no such chain."""
-        if not names or (chain := self._chains.get(names[0])) is None or chain[0][::-1] != names:
+    def take(self, names: Sequence[int]) -> tuple[list[int], list[int]] | None:
+        """The names and slots of a whole chain, which is given back the tail first; ``None`` if there is none."""
+        if not names or (chain := self._chains.get(names[0])) is None or (there := chain[0][::-1]) != names:
             return None
-        del self._chains[names[0]]
-        return chain[1][::-1]
+        del self._chains[there[0]]
+        return there, chain[1][::-1]
 
     def clear(self) -> None:
         """Forget all chains."""

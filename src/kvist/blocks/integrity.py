@@ -39,6 +39,8 @@ def check(
 
 
 def _wrong_slots(capacity: int, table: Table, partials: Mapping[UUID, int], slots: Slots) -> Iterator[str]:
+    if not slots.reading <= slots.owned:
+        yield f"slots {sorted(slots.reading - slots.owned)} are read, and have no owner"
     places = [*slots, *slots.owned, *partials.values(), *(block.slot for block in table)]
     if sorted(places) != list(range(capacity)):
         yield f"the slots of a pool of {capacity} are {sorted(places)}, not each once"
@@ -65,6 +67,9 @@ def _wrong_names(table: Table) -> Iterator[str]:
         yield f"{len(table)} blocks are listed, and others are in slots"
     if table.odd != {name: key for name, key in names.items() if name != key}:
         yield f"names are listed as {table.odd}"
+    several = {block.lineage_hash: block.names for block in table if block.aliases}
+    if table.first.keys() != several.keys() or any(table.first[key] not in several[key] for key in several):
+        yield f"the first names of blocks that have several are listed as {table.first}"
     children = Counter(parent for parent in table.parents.values() if parent is not None)
     for key in {*children, *table.slots, *table.orphans}:
         if table.children(key) != children[key]:

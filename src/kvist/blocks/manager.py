@@ -16,7 +16,7 @@ from kvist.blocks.events import Stored
 from kvist.blocks.held import items_at
 from kvist.blocks.moves import Deref, FullBlock, LineageEntry, Move, PartialBlock, Promote, UniqueBlock, Use
 from kvist.blocks.plan import Plan, plan_use
-from kvist.blocks.pool import BlockPool
+from kvist.blocks.pool import BlockPool, removed
 from kvist.blocks.requests import Item, are_hashes, item_of, items_of, parts_of
 from kvist.blocks.resident import Resident
 from kvist.errors import Conflict, InvalidInput, NotFound
@@ -45,7 +45,7 @@ class Prefillable(Protocol):
 
     @property
     def lineage(self) -> Sequence[LineageEntry]:
-        """Of each full block; empty if they are matched by their sequence hashes."""
+        """Of each full block; those for which there is none are matched by their sequence hashes."""
 
     @property
     def num_input_tokens(self) -> int:
@@ -68,8 +68,9 @@ class BlockManager(BlockPool):
         """Carry out a move.
 
         Returns:
-            Of a Use: how many leading blocks it handled, which stay held; fewer than asked for if the pool is full, or
-            if whoever is attached still reads evicted blocks. Of the others: 1.
+            Of a Use: how many leading blocks it handled, which stay held; fewer than asked for if the pool is full but
+            for the block they come after, or if whoever is attached still reads evicted blocks: those count as on
+            their way, so that asking again evicts no more. Of the others: 1.
 
         Raises:
             InvalidInput: the move cannot be right, or contradicts the lineage of a block that is there.
@@ -107,10 +108,14 @@ class BlockManager(BlockPool):
         Raises:
             InvalidInput: as `process`.
         """
-        handled = self._use_plain(list(hashes), local_hashes, token_ids, parent)
+        try:
+            names = list(hashes)
+        except TypeError:
+            raise InvalidInput(f"use needs a sequence of hashes, not {hashes!r:.80}") from None
+        handled = self._use_plain(names, local_hashes, token_ids, parent)
         if handled is not None:
             return handled
-        blocks = [FullBlock(name) for name in hashes]
+        blocks = [FullBlock(name) for name in names]
         above = None if parent is None else FullBlock(parent)
         return self._use_any(Use(blocks, local_hashes, (), token_ids, above))
 
@@ -123,25 +128,27 @@ class BlockManager(BlockPool):
         """
         counts = self._references.counts
         try:
-            slots = None if self._table.odd else self._held.take(hashes)
-            found = [] if slots is not None else list(map(self._table.slots.get, hashes))
+            chain = None if self._table.odd else self._held.take(hashes)
+            names, slots = chain or (list(hashes), None)
+            found = [] if slots is not None else list(map(self._table.slots.get, names))
         except TypeError:
             raise InvalidInput(f"Deref needs sequence_hash values, not {hashes!r:.80}") from None
         if slots is None:
             self._held.clear()
             slots = [slot for slot in found if slot is not None]
-            if self._table.odd or len(slots) != len(found) or len(set(slots)) != len(slots):
-                return self._deref_any([FullBlock(name) for name in hashes])
+            plain = len(slots) == len(found) == len(set(slots)) and set(map(type, names)) <= {int}
+            if self._table.odd or not plain:
+                return self._deref_any([FullBlock(name) for name in names])
         if not slots:
             return None
         held = items_at(slots, counts)
         if 0 in held:
-            return self._deref_any([FullBlock(name) for name in hashes])
+            return self._deref_any([FullBlock(name) for name in names])
         for slot in slots:
             counts[slot] -= 1
         if held.count(1) == len(held):
-            return self._release(list(hashes))
-        return self._release([name for name, count in zip(hashes, held, strict=True) if count == 1])
+            return self._release(names)
+        return self._release([name for name, count in zip(names, held, strict=True) if count == 1])
 
     def prefill_cost(self, sequence: Prefillable) -> PrefillCost:
         """What it would cost to prefill this sequence now. Changes nothing, and counts as no use.
@@ -155,7 +162,7 @@ class BlockManager(BlockPool):
             for index, block in enumerate(sequence.unique_blocks):
                 if not isinstance(block, FullBlock):
                     break
-                key = keys[index][0] if keys else block.sequence_hash
+                key = keys[index][0] if index < len(keys) else block.sequence_hash
                 if table.find(block.sequence_hash) is None and table.get(key) is None:
                     break
                 cached += 1
@@ -168,9 +175,12 @@ class BlockManager(BlockPool):
 
     def _use(self, move: Use) -> int:
         names, partial = _full_and_partial(move.blocks, last=True)
-        if names is None or move.lineage or not isinstance(move.parent, FullBlock | None):
+        plain = (
+            isinstance(move.lineage, list | tuple) and not move.lineage and isinstance(move.parent, FullBlock | None)
+        )
+        if names is None or not plain:
             return self._use_any(move)
-        parent = None if move.parent is None else move.parent.sequence_hash
+        parent = move.parent.sequence_hash if isinstance(move.parent, FullBlock) else None
         handled = self._use_plain(names, move.local_hashes, move.token_ids, parent, partial)
         return self._use_any(move) if handled is None else handled
 
@@ -201,7 +211,10 @@ class BlockManager(BlockPool):
         table, counts = self._table, self._references.counts
         if table.odd or (parent is not None and (not are_hashes([parent]) or parent in names)):
             return None
+        kept = None if parent is None else self._idle(parent)
         try:
+            if not set(map(type, names)) <= {int}:
+                return None
             found = list(map(table.slots.get, names))
         except TypeError:
             return None
@@ -218,7 +231,7 @@ class BlockManager(BlockPool):
             partial in self._partials
             or found[hits:].count(None) != misses
             or held[active:].count(0) != idle
-            or taking + idle > len(self._slots) + self._inactive
+            or taking + idle + (kept is not None) > len(self._slots) + self._inactive
             or (short > 0 and self._evictions is not None)
             or (new and not self._may_follow(new))
             or not self._are_told_of(asked, local_hashes, token_ids)
@@ -235,7 +248,7 @@ class BlockManager(BlockPool):
         for slot in slots:
             counts[slot] += 1
         differ = sum(items_at(slots, counts)) == sum(held) + hits
-        gone = self._make_room(short, new) if short > 0 else []
+        gone = self._make_room(short, new, kept) if short > 0 else []
         taken = self._slots.take(taking)
         if partial is not None:
             self._partials[partial] = taken.pop()
@@ -248,11 +261,11 @@ class BlockManager(BlockPool):
             for slot in taken:
                 counts[slot] = 1
             slots += taken
-        self._emit_removed(gone)
-        if new and self._log.is_heard:
-            self._log.emit(Stored(new, anchor, local_hashes, token_ids))
         if differ:
             self._held.add(names, slots)
+        if (new or gone) and self._log.is_heard:
+            stored = [Stored(new, anchor, local_hashes, token_ids)] if new else []
+            self._log.emit_all([*removed(gone), *stored])
         return asked + (partial is not None)
 
     def _may_follow(self, new: list[int]) -> bool:
@@ -263,49 +276,76 @@ class BlockManager(BlockPool):
         """Whether these can be what is known of ``asked`` full blocks."""
         try:
             return (not local_hashes or (len(local_hashes) == asked and are_hashes(local_hashes))) and (
-                token_ids is None or (len(token_ids) == asked and set(map(len, token_ids)) <= {self._block_size})
+                token_ids is None
+                or (
+                    len(token_ids) == asked
+                    and set(map(type, token_ids)) <= {list, tuple}
+                    and set(map(len, token_ids)) <= {self._block_size}
+                )
             )
-        except TypeError:
+        except (TypeError, ValueError):  # ValueError: an array, which is neither true nor false
             return False
 
     def _use_any(self, move: Use) -> int:
         """Use any blocks, one by one."""
         items = items_of(move, self._table, self._block_size)
-        plan = self._plan(items, misses=self._capacity, takes=len(self._slots) + self._inactive)
+        kept = None if move.parent is None else self._idle(cast(FullBlock, move.parent).sequence_hash)
+        plan = self._plan(items, self._capacity, len(self._slots) + self._inactive, kept)
+        short = plan.misses - len(self._slots) - self._coming
+        if short <= 0:  # what is still read covers what is missing, if anything is
+            plan = self._plan_fitting(items, plan)
         self._pin(plan)
         gone: list[Resident] = []
-        if (short := plan.misses - len(self._slots)) > 0:
-            gone = self._make_room(short, list(plan.new))
-            if plan.misses > len(self._slots):  # some of the slots are still read
-                self._unpin(plan)
-                plan = self._plan(items, misses=len(self._slots), takes=self._capacity)
-                self._pin(plan)
+        if short > 0:
+            gone = self._make_room(short, list(plan.new), kept if kept not in plan.idle else None)
+            fitting = self._plan_fitting(items, plan)
+            self._unpin([key for key in plan.idle if key not in fitting.idle])
+            plan = fitting
         self._carry_out(plan)
-        self._emit_removed(gone)
-        self._emit_told(plan, with_local=bool(move.local_hashes), with_tokens=move.token_ids is not None)
+        self._tell(plan, gone, with_local=bool(move.local_hashes), with_tokens=move.token_ids is not None)
         return plan.handled
 
-    def _make_room(self, n: int, new: list[int]) -> list[Resident]:
-        """Evict ``n`` blocks, because these are to be stored. See `_evict`."""
-        self._policy.expect(new)
-        return self._evict(n)
+    def _idle(self, name: int) -> int | None:
+        """The key of the block of this name, if it is there and nobody refers to it."""
+        block = self._table.find(name)
+        return None if block is None or self._references.counts[block.slot] else block.lineage_hash
 
-    def _plan(self, items: Sequence[Item], *, misses: int, takes: int) -> Plan:
-        return plan_use(items, self._table, self._references.counts, self._partials, misses=misses, takes=takes)
+    def _make_room(self, n: int, new: list[int], kept: int | None) -> list[Resident]:
+        """Evict ``n`` blocks, because these are to be stored, but not the one they come after. See `_evict`."""
+        self._policy.expect(new)
+        if kept is None:
+            return self._evict(n)
+        self._policy.pin([kept])
+        try:
+            return self._evict(n)
+        finally:
+            self._policy.unpin([kept])
+
+    def _plan(self, items: Sequence[Item], misses: int, takes: int, kept: int | None) -> Plan:
+        counts = self._references.counts
+        return plan_use(items, self._table, counts, self._partials, misses=misses, takes=takes, kept=kept)
+
+    def _plan_fitting(self, items: Sequence[Item], plan: Plan) -> Plan:
+        """The leading part of a plan for which slots are free now."""
+        if plan.misses <= len(self._slots):
+            return plan
+        return self._plan(items, len(self._slots), self._capacity, None)
 
     def _pin(self, plan: Plan) -> None:
+        """What is planned is one use of what it hits, which is not evicted for it."""
         self._policy.pin(list(plan.idle))
         self._inactive -= len(plan.idle)
+        if self._policy.heeds_pinned:
+            self._policy.touch(list(plan.active))
 
-    def _unpin(self, plan: Plan) -> None:
-        self._policy.unpin(list(plan.idle))
-        self._inactive += len(plan.idle)
+    def _unpin(self, keys: list[int]) -> None:
+        """These hits come behind what fits."""
+        self._policy.unpin(keys)
+        self._inactive += len(keys)
 
     def _carry_out(self, plan: Plan) -> None:
         """Do what is planned, in which what nobody referred to is pinned, and for which there are free slots."""
         table = self._table
-        if self._policy.heeds_pinned:
-            self._policy.touch(list(plan.active))
         slots = self._slots.take(plan.misses)
         blocks = [structs.replace(item, slot=slot) for item, slot in zip(plan.new.values(), slots, strict=False)]
         self._partials.update(zip(plan.partials, slots[len(blocks) :], strict=True))
@@ -317,10 +357,10 @@ class BlockManager(BlockPool):
             assert there is not None
             self._add_reference(there, name)
 
-    def _emit_told(self, plan: Plan, *, with_local: bool, with_tokens: bool) -> None:
+    def _tell(self, plan: Plan, gone: Sequence[Resident], *, with_local: bool, with_tokens: bool) -> None:
         if self._log.is_heard:
-            for event in plan.stored(with_local=with_local, with_tokens=with_tokens):
-                self._log.emit(event)
+            stored = plan.stored(with_local=with_local, with_tokens=with_tokens)
+            self._log.emit_all([*removed(gone), *stored])
 
     def _deref_any(self, blocks: Sequence[UniqueBlock]) -> None:
         """Give back any blocks, one by one."""
@@ -348,10 +388,10 @@ class BlockManager(BlockPool):
             raise NotFound(f"partial block {move.uuid} was to be promoted, and is not held")
         slot = self._partials.pop(move.uuid)
         self._slots.give_first(slot)  # to be taken again at once, if the block is new
-        plan = self._plan([item], misses=1, takes=self._capacity)
+        plan = self._plan([item], 1, self._capacity, None)
         self._pin(plan)
         self._carry_out(plan)
-        self._emit_told(plan, with_local=bool(move.local_hash), with_tokens=move.token_ids is not None)
+        self._tell(plan, (), with_local=bool(move.local_hash), with_tokens=move.token_ids is not None)
 
 
 def _full_and_partial(blocks: Sequence[UniqueBlock], *, last: bool) -> tuple[list[int] | None, UUID | None]:

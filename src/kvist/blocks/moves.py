@@ -40,6 +40,9 @@ LineageEntry = tuple[int, int | None]
 class Use(Struct, frozen=True):
     """Take a reference to each of these blocks, in order; store those that are not there.
 
+    A sequence hash names one block for ever: whoever gives it another lineage entry after its block went tells of two
+    blocks by one name, and the tiers below and the routers cannot keep them apart.
+
     Attributes:
         blocks: a stretch of one sequence, its root side first.
         local_hashes: hashes of the tokens of each full block alone, or empty.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from uuid import UUID
 
+from msgspec.structs import replace
+
 from kvist.blocks.events import Stored
 from kvist.blocks.requests import Item
 from kvist.blocks.resident import Resident
@@ -72,6 +74,7 @@ def plan_use(
     *,
     misses: int,
     takes: int,
+    kept: int | None = None,
 ) -> Plan:
     """Plan a `Use`.
 
@@ -81,12 +84,14 @@ def plan_use(
         counts: references to the block in each slot.
         partials: the partial blocks that are there.
         misses: how many blocks may be stored.
-        takes: how many blocks that nobody refers to may be stored or hit.
+        takes: how many blocks that nobody refers to may be stored, hit or kept.
+        kept: key of such a block that is to stay where it is.
     """
     plan = Plan()
     known: dict[int, set[int]] = {}  # names of each key, after the move
+    first: dict[int, int] = {}  # of each name, the one by which its block was told first
     for item in items:
-        taken = plan.misses + len(plan.idle)
+        taken = plan.misses + len(plan.idle) + (kept is not None and kept not in plan.idle)
         if isinstance(item, UUID):
             if item not in partials and item not in plan.partials:
                 if plan.misses >= misses or taken >= takes:
@@ -95,6 +100,9 @@ def plan_use(
         else:
             key = item.lineage_hash
             block = table.get(key)
+            if (before := item.parent) is not None:
+                above = first[before] if before in first else table.first_name(before)
+                item = item if above == before else replace(item, parent=above)
             if block is None and key not in plan.new:
                 if plan.misses >= misses or taken >= takes:
                     break
@@ -108,6 +116,8 @@ def plan_use(
             if item.sequence_hash not in known.setdefault(key, set() if block is None else set(block.names)):
                 known[key].add(item.sequence_hash)
                 plan.told.append(item)
+            told_as = plan.new[key].sequence_hash if block is None else table.first_name(block.sequence_hash)
+            first[item.sequence_hash] = told_as
             plan.names.append(item.sequence_hash)
             plan.keys.append(key)
         plan.handled += 1

@@ -33,7 +33,8 @@ class BlockPool:
         capacity: how many blocks, 1 or more.
         block_size: tokens in a block, 1 or more.
         policy: one of `kvist.blocks.policy.POLICIES`, or an empty policy over lineage hashes.
-        events: who hears of what is stored and removed: a sink, or a log that other tiers share.
+        events: who hears of what is stored and removed: a sink, or a log that other tiers share. A sink's error reaches
+            the caller, who then does not hear what the call returns; the change is made, and told wholly.
         dp_rank: data-parallel rank in events; a log has its own.
 
     Raises:
@@ -53,7 +54,10 @@ class BlockPool:
                 raise InvalidInput(f"{name} must be an integer of {least} or more, not {value!r:.80}")
         self._capacity = capacity
         self._block_size = block_size
-        self._dp_rank = dp_rank
+        if not isinstance(policy, str | Policy):
+            raise InvalidInput(f"policy must be a name or a Policy, not {policy!r:.80}")
+        if not (events is None or isinstance(events, EventLog) or callable(events)):
+            raise InvalidInput(f"events must be a function or an EventLog, not {events!r:.80}")
         self._log = events if isinstance(events, EventLog) else EventLog(events, dp_rank=dp_rank)
         self._table = Table(capacity)
         self._policy: Policy[int] = (
@@ -80,8 +84,8 @@ class BlockPool:
 
     @property
     def dp_rank(self) -> int:
-        """Data-parallel rank."""
-        return self._dp_rank
+        """Data-parallel rank in its events."""
+        return self._log.dp_rank
 
     @property
     def log(self) -> EventLog:
@@ -148,7 +152,12 @@ class BlockPool:
         return list(self._table)
 
     def refs(self, sequence_hash: int) -> int:
-        """How many references are held by this name."""
+        """How many references are held by this name.
+
+        Raises:
+            InvalidInput: it cannot be a name.
+        """
+        require_hashes((sequence_hash,), "sequence_hash")
         block = self._table.find(sequence_hash)
         return 0 if block is None else self._references.by(block, sequence_hash)
 
@@ -157,12 +166,19 @@ class BlockPool:
         return isinstance(sequence_hash, int) and self._table.find(sequence_hash) is not None
 
     def peek(self, hashes: Sequence[int]) -> int:
-        """How many leading sequence hashes name blocks that are there. Changes nothing, and counts as no use."""
+        """How many leading sequence hashes name blocks that are there. Changes nothing, and counts as no use.
+
+        Raises:
+            InvalidInput: these cannot be names.
+        """
         find = self._table.find
-        for index, name in enumerate(hashes):
-            if find(name) is None:
-                return index
-        return len(hashes)
+        try:
+            for index, name in enumerate(hashes):
+                if find(name) is None:
+                    return index
+            return len(hashes)
+        except TypeError:
+            raise InvalidInput(f"sequence hashes were expected, not {hashes!r:.80}") from None
 
     def match(self, hashes: Sequence[int], *, whole: bool = False) -> int:
         """Refer to the longest leading part that is there, once each.
@@ -175,8 +191,11 @@ class BlockPool:
             How many leading hashes are referred to now; `BlockManager.deref` gives them back.
 
         Raises:
-            InvalidInput: a hash is given twice.
+            InvalidInput: a hash is given twice, or cannot be one.
         """
+        if not isinstance(hashes, Sequence):
+            raise InvalidInput(f"sequence hashes were expected, not {hashes!r:.80}")
+        require_hashes(hashes, "a hash to match")
         if len(set(hashes)) != len(hashes):
             raise InvalidInput("a hash to match is given twice")
         matched = self.peek(hashes)
@@ -189,28 +208,30 @@ class BlockPool:
         """Lend ``n`` slots, all or none; evict for them if need be.
 
         Returns:
-            The slots. None of them if whoever is attached still reads some of the blocks that were evicted for them:
-            ask again when it has freed those.
+            The slots. None of them if whoever is attached still reads some that were evicted, for this or before: ask
+            again when it has freed those. What it reads counts as on its way: only what that does not cover is evicted.
 
         Raises:
-            InvalidInput: ``n`` is negative.
-            PoolExhausted: fewer are free or inactive.
+            InvalidInput: ``n`` is no integer of 0 or more.
+            PoolExhausted: fewer are free, inactive, or on their way.
         """
-        if n < 0:
-            raise InvalidInput(f"cannot allocate {n} slots")
-        if n > len(self._slots) + self._inactive:
+        if type(n) is not int or n < 0:
+            raise InvalidInput(f"cannot allocate {n!r:.80} slots")
+        coming = self._coming
+        if n > len(self._slots) + self._inactive + coming:
             raise PoolExhausted(
-                f"{n} slots were asked for; {len(self._slots)} are free and {self._inactive} inactive "
-                f"of {self._capacity}"
+                f"{n} slots were asked for; {len(self._slots)} are free, {self._inactive} inactive and {coming} on "
+                f"their way of {self._capacity}"
             )
-        if (short := n - len(self._slots)) > 0:
-            self._emit_removed(self._evict(short))
+        if (short := n - len(self._slots) - coming) > 0:
+            self._log.emit_all(removed(self._evict(short)))
         return self._slots.lend(n) if n <= len(self._slots) else []
 
     def free(self, slots: Sequence[int]) -> None:
         """Give back slots that `allocate` lent, or that `Evictions.evicted` said are still read.
 
         Raises:
+            InvalidInput: they are no sequence of numbers.
             NotFound: one is not lent, or given twice.
         """
         self._slots.require_owned(slots)
@@ -236,8 +257,11 @@ class BlockPool:
             InvalidInput: a block cannot be right, is given twice, or contradicts one that is there.
         """
         self._slots.require_owned(slots)
+        if not isinstance(blocks, Sequence) or not all(isinstance(block, Resident) for block in blocks):
+            raise InvalidInput(f"blocks to register must be a sequence of Resident, not {blocks!r:.80}")
         putting = blocks[: len(slots)]
         self._require_sound(putting, parent)
+        parent = None if parent is None else self._table.first_name(parent)
         runs: list[list[Resident]] = [[]]
         for block, slot in zip(putting, slots, strict=False):  # slots may be left over
             there = self._table.get(block.lineage_hash)
@@ -247,7 +271,7 @@ class BlockPool:
             else:
                 self._slots.give((slot,))
                 runs.append([])
-                parent = there.sequence_hash
+                parent = self._table.first_name(there.sequence_hash)
         self._slots.disown(slots[: len(putting)])
         new = [block for run in runs for block in run]
         for block in new:
@@ -255,29 +279,27 @@ class BlockPool:
         self._policy.insert([block.lineage_hash for block in new])
         self._inactive += len(new)
         if self._log.is_heard:
-            for run in filter(None, runs):
-                self._log.emit(told(run))
+            self._log.emit_all(map(told, filter(None, runs)))
         return len(putting)
 
     def clear(self) -> None:
         """Evict all blocks at once, without offering them to whoever is attached.
 
-        Publishes Cleared; while somebody is attached, whose tiers keep their blocks, Removed.
+        Publishes Cleared; if the log has ever told of other tiers, which may keep their blocks, Removed.
 
         Raises:
-            Conflict: blocks are active.
+            Conflict: blocks are active, or whoever is attached reads some.
         """
         if self.num_active_blocks:
             raise Conflict(f"{self.num_active_blocks} blocks are active; a pool is cleared when none is")
+        if self._evictions is not None and self._evictions.is_reading:
+            raise Conflict("blocks are being copied, or wait for it; a pool is cleared when none is")
         if not self._inactive:
             return
         gone = self._table.pop(self._policy.evict(self._inactive))
         self._inactive = 0
         self._slots.give(block.slot for block in gone)
-        if self.has_offload:
-            self._emit_removed(gone)
-        else:
-            self._log.emit(Cleared())
+        self._log.emit_all(removed(gone) if self._log.tells_of_lower else (Cleared(),))
 
     def check_integrity(self) -> None:
         """Check every invariant that ties the parts of the pool together. O(capacity).
@@ -294,6 +316,11 @@ class BlockPool:
             slots=self._slots,
             inactive=self._inactive,
         )
+
+    @property
+    def _coming(self) -> int:
+        """How many slots whoever is attached still reads, and is to free."""
+        return 0 if self._evictions is None else len(self._slots.reading)
 
     def _refer(self, names: Sequence[int]) -> None:
         """Refer once to each of these blocks, which are there and differ."""
@@ -338,12 +365,8 @@ class BlockPool:
             read.update(self._evictions.evicted(gone))
         finally:
             self._slots.give([block.slot for block in gone if block.slot not in read])
-            self._slots.owned.update(block.slot for block in gone if block.slot in read)
+            self._slots.keep(block.slot for block in gone if block.slot in read)
         return gone
-
-    def _emit_removed(self, gone: Sequence[Resident]) -> None:
-        if gone and self._log.is_heard:
-            self._log.emit(Removed([name for block in gone for name in block.names]))
 
     def _require_sound(self, blocks: Sequence[Resident], parent: int | None) -> None:
         """Check blocks that are to be registered."""
@@ -368,6 +391,11 @@ class BlockPool:
                 if self._table.top(above, new) == key:
                     raise InvalidInput(f"lineage {key} would be its own ancestor")
                 new[key] = above
+
+
+def removed(gone: Sequence[Resident]) -> list[Removed]:
+    """What to say of blocks that went: nothing if none did."""
+    return [Removed([name for block in gone for name in block.names])] if gone else []
 
 
 def told(run: Sequence[Resident]) -> Stored:

@@ -41,7 +41,7 @@ def require_tokens(token_ids: Iterable[object], block_size: int) -> None:
         InvalidInput: one has not ``block_size`` tokens.
     """
     for tokens in token_ids:
-        if not isinstance(tokens, Sequence) or len(tokens) != block_size:
+        if not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes) or len(tokens) != block_size:
             raise InvalidInput(f"token_ids of a full block must be {block_size} tokens, not {tokens!r:.80}")
 
 
@@ -140,7 +140,7 @@ def _require_lengths(move: Use, full: int) -> None:
     for field, values in (
         ("local_hashes", move.local_hashes),
         ("lineage", move.lineage),
-        ("token_ids", move.token_ids or ()),
+        ("token_ids", () if move.token_ids is None else move.token_ids),
     ):
         if not isinstance(values, Sequence):
             raise InvalidInput(f"{field} of a Use must be a sequence, not {values!r:.80}")

@@ -19,7 +19,7 @@ class Resident(Struct, frozen=True, gc=False):
         slot: where it lies, 0 or more; -1 while it lies nowhere.
         lineage_hash: what it is matched and evicted by.
         lineage_parent: lineage hash of the block before it, or ``None`` for a first one.
-        parent: sequence hash of the block before it, or ``None`` for a first one.
+        parent: sequence hash of the block before it, by which that was told first; ``None`` for a first one.
         local_hash: hash of its tokens alone; 0 if it is not known.
         token_ids: its tokens; ``None`` if they are not known.
         aliases: the other sequence hashes that name it, the latest first.
@@ -41,10 +41,14 @@ class Resident(Struct, frozen=True, gc=False):
 
 
 class Evictions(Protocol):
-    """Who wants to keep a copy of what a pool evicts. Given to `BlockManager.attach`.
+    """Who wants to keep a copy of what a pool holds, or evicts. Given to `BlockManager.attach`.
 
     Calls come in the midst of a move: they must not call the manager back, but may emit events of their own tiers.
     """
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether blocks of this pool are being copied, or wait for it: they must stay where they are."""
 
     def evicted(self, blocks: Sequence[Resident]) -> Collection[int]:
         """These blocks go, in this order; their slots are still what they were.

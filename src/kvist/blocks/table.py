@@ -25,6 +25,7 @@ class Table:
         blocks: each block by its slot.
         parents: the key of the block before each, by key. The policy of a pool may read it as it changes.
         odd: the key of each name that is not its block's key.
+        first: the name by which a block was told first, by key, of blocks that got another.
         orphans: keys that are not there and are parents of blocks that are; of how many.
     """
 
@@ -33,6 +34,7 @@ class Table:
         self.blocks: list[Resident | None] = [None] * capacity
         self.parents: dict[int, int | None] = {}
         self.odd: dict[int, int] = {}
+        self.first: dict[int, int] = {}
         self.orphans: dict[int, int] = {}
         self._children = [0] * capacity  # of the block in each slot
 
@@ -61,6 +63,11 @@ class Table:
         """The key of the block of this name; the name itself if it is not there."""
         block = self.find(name)
         return name if block is None else block.lineage_hash
+
+    def first_name(self, name: int) -> int:
+        """The name by which the block of this name was told first; the name itself if it is not there."""
+        block = self.find(name)
+        return name if block is None else self.first.get(block.lineage_hash, block.sequence_hash)
 
     def top(self, key: int | None, new: Mapping[int, int | None] = MappingProxyType({})) -> int | None:
         """The first ancestor of a block, or the block itself, that is not there. ``None``: all are, up to the root.
@@ -118,6 +125,7 @@ class Table:
 
     def rename(self, block: Resident, name: int) -> Resident:
         """Make this the name by which a block goes, new to it or not; it keeps the others."""
+        self.first.setdefault(block.lineage_hash, block.sequence_hash)
         aliases = tuple(other for other in block.names if other != name)
         renamed = replace(block, sequence_hash=name, aliases=aliases)
         self.blocks[block.slot] = renamed
@@ -146,6 +154,7 @@ class Table:
                     del self.orphans[parent]
         if self.odd:
             for block in gone:
+                self.first.pop(block.lineage_hash, None)
                 for name in block.names:
                     self.odd.pop(name, None)
         return gone

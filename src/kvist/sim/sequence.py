@@ -50,6 +50,8 @@ class ActiveSequence:
     ) -> None:
         if not tokens:
             raise InvalidInput("a sequence needs a prompt of 1 token or more")
+        for token in tokens:
+            _require_token(token)
         if max_output_tokens < 1 or block_size < 2:
             raise InvalidInput(
                 f"max_output_tokens must be 1 or more, block_size 2 or more, not {max_output_tokens} and {block_size}"
@@ -183,7 +185,11 @@ class ActiveSequence:
         Returns:
             What it takes: nothing, or a Promote of the block that is full and a Use of the next one. When that Use is
             refused, `pop` undoes the token, but not the Promote.
+
+        Raises:
+            InvalidInput: it is no token.
         """
+        _require_token(token)
         self._tokens.append(token)
         if len(self._tokens) % self._block_size != 1:
             return []
@@ -201,27 +207,30 @@ class ActiveSequence:
             token: which; a random one if ``None``.
 
         Returns:
-            As `push`; if it is the last token, then also that of `free_signal`, for all blocks.
+            As `push`; if it is the last token, then also that of `reset_with_signal`, for all blocks.
 
         Raises:
             Conflict: it is done.
+            InvalidInput: it is no token.
         """
         if self.is_done:
             raise Conflict(f"the sequence has generated all its {self._max_output_tokens} tokens")
         moves = self.push(self._rng.randrange(VOCABULARY) if token is None else token)
         if self.is_done:
             self._allocated = len(self._tokens)
-            moves += self.free_signal()
+            moves += self.reset_with_signal()
         return moves
 
     def pop(self) -> None:
         """Undo the last generated token, and the block that it opened. The block before it stays full.
 
         Raises:
-            Conflict: nothing was generated.
+            Conflict: nothing was generated, or the token is in a block that was promoted: its name says so.
         """
         if not self.generated_tokens:
             raise Conflict("the sequence has generated nothing")
+        if isinstance(self._blocks[-1], FullBlock):
+            raise Conflict("the last token is in a full block, which was promoted")
         if len(self._tokens) % self._block_size == 1:
             del self._blocks[-1]
         del self._tokens[-1]
@@ -273,3 +282,8 @@ class ActiveSequence:
             local_hash=local_hash,
             token_ids=tokens if self._with_token_ids else None,
         )
+
+
+def _require_token(token: object) -> None:
+    if type(token) is not int or not 0 <= token < 1 << 32:
+        raise InvalidInput(f"a token must be an integer from 0 to 2**32-1, not {token!r:.80}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from random import Random
+from typing import NamedTuple
 from uuid import UUID
 
 from hypothesis import strategies as st
@@ -31,38 +32,50 @@ from kvist.blocks import (
 )
 from kvist.errors import Conflict, InvalidInput, NotFound, PoolExhausted
 
-_NAMES = st.integers(0, 15)
+_NAMES = st.integers(0, 14)
 _UUIDS = st.integers(0, 3).map(lambda number: UUID(int=number))
 _BLOCKS = st.lists(_NAMES.map(FullBlock) | _UUIDS.map(PartialBlock), max_size=6)
-_CHAINS = st.lists(st.integers(0, 1), max_size=5).map(
-    lambda turns: [FullBlock((1 << depth) - 1 + sum(turns[:depth]) % (1 << depth)) for depth in range(len(turns))]
-)
-"""Paths of one tree, the root first: blocks that always have the same block before them."""
 
 
-def replay(events: Sequence[Event], held: Collection[int] = (), first: int = 0) -> set[int]:
-    """The names that a plain index holds once it heard all these events; raises if they are not in order.
+def path(name: int) -> list[int]:
+    """The blocks from the root to this one in a tree of two branches at each block: each has one parent, always."""
+    return [*path((name - 1) // 2), name] if name else [0]
 
-    Args:
-        events: the next of a log.
-        held: the names that it held before.
-        first: number of the first event.
-    """
-    held = set(held)
-    for number, event in enumerate(events, first):
-        assert event.event_id == number
+
+class Told(NamedTuple):
+    """What an index knows of one name. ``None``: it is the root's, or not known."""
+
+    parent: int | None
+    local_hash: int | None
+    token_ids: Sequence[int] | None
+
+
+class Follower:
+    """An index of one tier that follows a log: of each name, what was told of it. Raises at what cannot be true."""
+
+    def __init__(self) -> None:
+        self.names: dict[int, Told] = {}
+        self._next_id = 0
+
+    def hear(self, event: Event) -> None:
+        """The next event of the log."""
+        assert event.event_id == self._next_id
+        self._next_id += 1
         match event.data:
-            case Stored(hashes=hashes):
+            case Stored(hashes=hashes, parent=parent, local_hashes=local_hashes, token_ids=token_ids):
                 assert hashes
-                assert held.isdisjoint(hashes)
-                held.update(hashes)
+                assert len(set(hashes)) == len(hashes)
+                assert self.names.keys().isdisjoint(hashes)
+                local: Sequence[int | None] = local_hashes or [None] * len(hashes)
+                tokens: Sequence[Sequence[int] | None] = token_ids or [None] * len(hashes)
+                for name, before, own, of in zip(hashes, [parent, *hashes[:-1]], local, tokens, strict=True):
+                    self.names[name] = Told(before, own, of)
             case Removed(hashes=hashes):
                 assert hashes
-                assert held.issuperset(hashes)
-                held.difference_update(hashes)
+                for name in hashes:
+                    del self.names[name]
             case Cleared():
-                held.clear()
-    return held
+                self.names.clear()
 
 
 class Reading:
@@ -70,13 +83,16 @@ class Reading:
 
     def __init__(self) -> None:
         self.read: list[int] = []
-        self.told = 0
+
+    @property
+    def is_reading(self) -> bool:
+        """See `Evictions.is_reading`."""
+        return bool(self.read)
 
     def evicted(self, blocks: Sequence[Resident]) -> Collection[int]:
         """See `Evictions.evicted`."""
         slots = [block.slot for block in blocks if block.slot % 2]
         self.read += slots
-        self.told += len(blocks)
         return slots
 
     def released(self, blocks: Sequence[Resident]) -> None:
@@ -89,13 +105,20 @@ class ManagerMachine(RuleBasedStateMachine):
 
     policy = "lineage"
 
-    @initialize(capacity=st.integers(1, 10), aliases=st.booleans())
-    def start(self, capacity: int, aliases: bool) -> None:
-        """An empty manager; in some runs no block ever has two names."""
-        self.aliases = aliases
-        self.events: list[Event] = []
-        self.followed: set[int] = set()  # by the index, after the events that are forgotten
-        self.forgotten = 0
+    @initialize(capacity=st.integers(1, 10), kind=st.sampled_from(["sound", "odd", "aliases"]))
+    def start(self, capacity: int, kind: str) -> None:
+        """An empty manager.
+
+        Args:
+            capacity: of it.
+            kind: "sound": a block always has the same block before it; "aliases": it may have two names.
+        """
+        self.sound = kind == "sound"
+        self.aliases = kind == "aliases"
+        self.events: list[Event] = []  # of the last step
+        self.index = Follower()
+        self.told: dict[int, Told] = {}  # of each name that is there, as the moves said it, the first told first
+        self.keys: dict[int, int] = {}  # of each name that ever was, its last
         self.manager = BlockManager(capacity, 4, self.policy, self.events.append)
         self.references: Counter[int] = Counter()
         self.partials: set[UUID] = set()
@@ -116,37 +139,78 @@ class ManagerMachine(RuleBasedStateMachine):
         manager = self.manager
         return manager.residents(), manager.num_active_block_refs, manager.num_free_blocks, len(self.events)
 
-    def _took(self, blocks: Sequence[UniqueBlock]) -> None:
-        for block in blocks:
-            if isinstance(block, FullBlock):
-                self.references[block.sequence_hash] += 1
+    def _key(self, name: int) -> int:
+        """What a block is matched by: its name, or, shared by two names, another number."""
+        return name // 2 * 2 + 100 if self.aliases else name
+
+    def _was_told(self, name: int, key: int, before: int | None, known: Told) -> None:
+        """A block was named: if an index does not know that name, it hears of it, as the child of ``before``."""
+        if name in self.told:
+            return
+        above = before
+        if before in self.told:  # by the first of its names
+            above = next(other for other in self.told if self.keys[other] == self.keys[before])
+        self.told[name] = known._replace(parent=above)
+        self.keys[name] = key
+
+    def _fits(self, blocks: Sequence[UniqueBlock], keys: Sequence[int], parent: int | None, misses: int) -> int:
+        """How many leading blocks fit in what is free and inactive, if so many may be stored."""
+        held = {self.keys[name] for name in self.references.keys() & self.told.keys() if self.references[name]}
+        there = {self.keys[name] for name in self.told}
+        kept = {self.keys[parent]} - held if parent in self.told else set()
+        room = self.manager.num_free_blocks + self.manager.num_inactive_blocks
+        new: set[int | UUID] = set()
+        idle: set[int] = set()
+        full = iter(keys)
+        for number, block in enumerate(blocks):
+            one = next(full) if isinstance(block, FullBlock) else block.uuid
+            if one in held or one in idle or one in new or one in self.partials:
+                continue
+            if len(new) + len(idle) + len(kept - idle) >= room or (one not in there and len(new) >= misses):
+                return number
+            if isinstance(one, int) and one in there:
+                idle.add(one)
             else:
-                self.partials.add(block.uuid)
+                new.add(one)
+        return len(blocks)
 
     @rule(
-        blocks=_BLOCKS | _CHAINS,
-        lineage=st.sampled_from(["implied", "named", "shared"]),
+        blocks=_BLOCKS | _NAMES.map(lambda name: [FullBlock(above) for above in path(name)]),
+        named=st.booleans(),
         parent=st.none() | st.none() | _NAMES.map(FullBlock),
         told=st.booleans(),
     )
-    def use(self, blocks: list[UniqueBlock], lineage: str, parent: FullBlock | None, told: bool) -> None:
-        """Blocks in a sound order or in any; with their own lineage, or two names a block."""
+    def use(self, blocks: list[UniqueBlock], named: bool, parent: FullBlock | None, told: bool) -> None:
+        """Blocks in a sound order or in any; with their own lineage or without."""
         names = [block.sequence_hash for block in blocks if isinstance(block, FullBlock)]
-        keys = [name // 2 * 2 + 100 if lineage == "shared" and self.aliases else name for name in names]
-        room = self.manager.num_free_blocks + self.manager.num_inactive_blocks
+        if self.sound:
+            names = path(names[-1]) if names else []
+            parent = FullBlock(names.pop(0)) if parent and len(names) > 1 else None
+            blocks = [FullBlock(name) for name in names] + [
+                block for block in blocks if isinstance(block, PartialBlock)
+            ]
+        named = not self.sound and (named or (self.aliases and not self.told.keys() >= {*names}))
+        keys = [self._key(name) for name in names]
+        before = None if parent is None else parent.sequence_hash
+        free = self.manager.num_free_blocks
+        least, most = (self._fits(blocks, keys, before, misses) for misses in (free, self.manager.capacity))
         move = Use(
             blocks,
             local_hashes=[name + 1000 for name in names] if told else (),
-            lineage=() if lineage == "implied" else [(key, None) for key in keys],
+            lineage=[(key, None) for key in keys] if named else (),
             token_ids=[[name] * 4 for name in names] if told else None,
             parent=parent,
         )
         if self._refused(move):
             return
-        assert self.handled == len(blocks) or self.handled >= 0
-        self._took(blocks[: self.handled])
-        if self.handled < len(blocks) and not self.manager.has_offload:
-            assert self.manager.num_free_blocks + self.manager.num_inactive_blocks == 0 or room == 0
+        assert self.handled <= most
+        assert self.handled >= (least if self.manager.has_offload else most)
+        handled = blocks[: self.handled]
+        self.partials.update(block.uuid for block in handled if isinstance(block, PartialBlock))
+        took = [block.sequence_hash for block in handled if isinstance(block, FullBlock)]
+        self.references.update(took)
+        for name, key, above_it in zip(took, keys, [before, *names], strict=False):
+            self._was_told(name, key, above_it, Told(None, *((name + 1000, [name] * 4) if told else (None, None))))
 
     @rule(blocks=_BLOCKS)
     def give_back_any(self, blocks: list[UniqueBlock]) -> None:
@@ -170,13 +234,17 @@ class ManagerMachine(RuleBasedStateMachine):
         self.references -= Counter(block.sequence_hash for block in blocks if isinstance(block, FullBlock))
         self.partials -= {block.uuid for block in blocks if isinstance(block, PartialBlock)}
 
-    @rule(uuid=_UUIDS, name=_NAMES, parent=st.none() | _NAMES, shared=st.booleans())
-    def promote(self, uuid: UUID, name: int, parent: int | None, shared: bool) -> None:
+    @rule(uuid=_UUIDS, name=_NAMES, parent=st.none() | _NAMES)
+    def promote(self, uuid: UUID, name: int, parent: int | None) -> None:
         """A partial block that is there, or not."""
-        entry = (name // 2 * 2 + 100, None) if shared and self.aliases else None
+        if self.sound:
+            parent = path(name)[-2] if name else None
+        key = self._key(name)
+        entry = (key, None) if self.aliases else None
         if not self._refused(Promote(uuid, name, parent, name + 1000, entry)):
             self.partials.remove(uuid)
             self.references[name] += 1
+            self._was_told(name, key, parent, Told(None, name + 1000, None))
 
     @rule(names=st.lists(_NAMES, max_size=4), whole=st.booleans())
     def match(self, names: list[int], whole: bool) -> None:
@@ -191,12 +259,14 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(n=st.integers(0, 6))
     def allocate(self, n: int) -> None:
         """All or none."""
-        room = self.manager.num_free_blocks + self.manager.num_inactive_blocks
+        reading = len(self.reading.read) if self.manager.has_offload else 0
+        room = self.manager.num_free_blocks + self.manager.num_inactive_blocks + reading
         try:
             slots = self.manager.allocate(n)
         except PoolExhausted:
             assert n > room
             return
+        assert n <= room
         assert len(slots) in ({0, n} if self.manager.has_offload else {n})
         self.lent += slots
 
@@ -211,9 +281,11 @@ class ManagerMachine(RuleBasedStateMachine):
     def register(self, names: list[int], parent: int | None) -> None:
         """Into what is lent."""
         before = self._state()
+        if self.sound:
+            names, parent = path(names[-1])[1:] if names else [], 0
         blocks = [
-            Resident(name, -1, name, before, local_hash=name + 1000)
-            for name, before in zip(names, [parent, *names], strict=False)
+            Resident(name, -1, self._key(name), None if self.aliases else above, local_hash=name + 1000)
+            for name, above in zip(names, [parent, *names], strict=False)
         ]
         try:
             put = self.manager.register(blocks, self.lent, parent=parent)
@@ -222,6 +294,12 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         assert put == min(len(names), len(self.lent))
         self.lent = self.lent[put:]
+        above = parent
+        for name in names[:put]:
+            known = next((other for other in self.told if self.keys[other] == self._key(name)), None)
+            if known is None:
+                self._was_told(name, self._key(name), above, Told(None, name + 1000, None))
+            above = name if known is None else known
 
     @rule()
     def clear(self) -> None:
@@ -240,12 +318,6 @@ class ManagerMachine(RuleBasedStateMachine):
             self.manager.detach()
         else:
             self.manager.attach(self.reading)
-
-    def forget(self) -> None:
-        """Replay the events so far for good, so that the next replay is short."""
-        self.followed = replay(self.events, self.followed, self.forgotten)
-        self.forgotten += len(self.events)
-        self.events.clear()
 
     @invariant()
     def is_whole(self) -> None:
@@ -267,10 +339,17 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def events_tell_all(self) -> None:
-        """The rule of truth: the replay of all events has the names of all blocks that are there."""
-        assert replay(self.events, self.followed, self.forgotten) == {
-            name for block in self.manager.residents() for name in block.names
-        }
+        """The rule of truth: an index knows of each name that is there what the moves said, and never of too many."""
+        for event in self.events:
+            self.index.hear(event)
+            assert len({self.keys[name] for name in self.index.names}) <= self.manager.capacity
+        self.events.clear()
+        names = {name: block.lineage_hash for block in self.manager.residents() for name in block.names}
+        self.told = {name: told for name, told in self.told.items() if name in names}
+        assert {name: self.keys[name] for name in self.told} == names
+        assert self.index.names == self.told
+        if self.sound:
+            assert all(told.parent == (path(name)[-2] if name else None) for name, told in self.told.items())
 
 
 def drive(seed: int, steps: int, policy: str = "lineage") -> ManagerMachine:
@@ -282,10 +361,10 @@ def drive(seed: int, steps: int, policy: str = "lineage") -> ManagerMachine:
     rng = Random(seed)
     machine = ManagerMachine()
     machine.policy = policy
-    machine.start(rng.randint(1, 10), rng.random() < 0.5)
+    machine.start(rng.randint(1, 10), rng.choice(["sound", "odd", "aliases"]))
 
     def name() -> int:
-        return rng.randrange(16)
+        return rng.randrange(15)
 
     def maybe() -> int | None:
         return name() if rng.random() < 0.3 else None
@@ -297,14 +376,13 @@ def drive(seed: int, steps: int, policy: str = "lineage") -> ManagerMachine:
         return [FullBlock(name()) if rng.random() < 0.8 else PartialBlock(uuid()) for _ in range(rng.randint(0, 6))]
 
     def chain() -> list[UniqueBlock]:
-        turn = rng.randint(0, 1)
-        return [FullBlock((1 << depth) - 1 + turn * depth % (1 << depth)) for depth in range(rng.randint(0, 4))]
+        return [FullBlock(above) for above in path(name())]
 
     def use() -> None:
         parent = maybe()
         machine.use(
             chain() if rng.random() < 0.6 else blocks(),
-            rng.choice(["implied", "implied", "named", "shared"]),
+            rng.random() < 0.3,
             None if parent is None else FullBlock(parent),
             rng.random() < 0.5,
         )
@@ -314,11 +392,11 @@ def drive(seed: int, steps: int, policy: str = "lineage") -> ManagerMachine:
         use,
         lambda: machine.give_back_any(blocks()),
         lambda: machine.give_back(rng),
-        lambda: machine.promote(uuid(), name(), maybe(), rng.random() < 0.3),
+        lambda: machine.promote(uuid(), name(), maybe()),
         lambda: machine.match([name() for _ in range(rng.randint(0, 3))], rng.random() < 0.5),
         lambda: machine.allocate(rng.randint(0, 3)),
         lambda: machine.free(rng.randint(0, 6)),
-        lambda: machine.register(rng.sample(range(16), rng.randint(0, 4)), maybe()),
+        lambda: machine.register(rng.sample(range(15), rng.randint(0, 4)), maybe()),
         machine.clear,
         machine.attach_or_detach,
     ]
@@ -327,6 +405,4 @@ def drive(seed: int, steps: int, policy: str = "lineage") -> ManagerMachine:
         machine.is_whole()
         machine.counts_are_right()
         machine.events_tell_all()
-        if len(machine.events) > 200:
-            machine.forget()
     return machine

@@ -11,13 +11,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvist.blocks import BlockManager, Cleared, Deref, Event, FullBlock, Removed, Stored, Tier, Use
+from kvist.blocks.policy import POLICIES
 from kvist.errors import Conflict
 from kvist.tiers import Level, Load, LoadState, Network, TierConfig, Tiers, TiersConfig, TierStats
 
@@ -39,7 +40,7 @@ def random_config(random: Random) -> TiersConfig:
             down_gb_per_s=random.choice([0.3, 1.0, 4.0, math.inf]),
             up_gb_per_s=random.choice([0.3, 1.0, 4.0, math.inf]),
             latency_ms=random.choice([0.0, 0.5]),
-            policy=random.choice(["lineage", "lru", "sieve", "arc"]),
+            policy=random.choice(sorted(POLICIES)),
         )
 
     return TiersConfig(
@@ -58,23 +59,36 @@ def random_config(random: Random) -> TiersConfig:
     )
 
 
-def chain(block: int, *, roots: int = 2, children: int = 2) -> list[int]:
-    """The hashes of a block and of all before it, the root first, in a forest where all numbers are blocks."""
-    hashes = [block]
-    while (block := hashes[-1]) >= roots:
-        hashes.append((block - roots) // children)
+def above(block: int) -> int | None:
+    """The block before a block: two roots, and two children of each block. Each number is a block."""
+    return None if block < 2 else block // 2 - 1
+
+
+def chain(block: int) -> list[int]:
+    """The hashes of a block and of all before it, the root first."""
+    hashes: list[int] = []
+    at: int | None = block
+    while at is not None:
+        hashes.append(at)
+        at = above(at)
     return hashes[::-1]
 
 
 class View:
-    """What a router knows of one worker that sends these events. It takes nothing that makes no sense.
+    """What a router knows of one worker that sends these events. It takes nothing that makes no sense, or is not true.
+
+    What is true of a block is `above`, and its number: its local hash is one more, and its tokens are its number twice.
+
+    Args:
+        capacities: of each tier, in blocks.
 
     Attributes:
         tiers: the names of the blocks in each tier.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capacities: Mapping[Tier, int]) -> None:
         self.tiers: dict[Tier, set[int]] = {tier: set() for tier in Tier}
+        self._capacities = capacities
         self._next = 0
 
     def hear(self, event: Event) -> None:
@@ -92,7 +106,14 @@ class View:
             assert data.parent is None or any(data.parent in names for names in self.tiers.values()), (
                 f"stored in {event.tier} after a block that nobody was told of: {data}"
             )
+            blocks = [name % _ALIAS for name in data.hashes]
+            befores = [None if data.parent is None else data.parent % _ALIAS, *blocks[:-1]]
+            assert [above(block) for block in blocks] == befores, f"stored after another block: {data}"
+            assert data.local_hashes == [block + 1 for block in blocks], f"local hashes of other blocks: {data}"
+            assert data.token_ids == [[block, block] for block in blocks], f"tokens of other blocks: {data}"
             here.update(data.hashes)
+            held = len({name % _ALIAS for name in here})
+            assert held <= self._capacities[event.tier], f"{held} blocks in {event.tier}, which holds fewer: {data}"
         elif isinstance(data, Removed):
             assert data.hashes
             assert here.issuperset(data.hashes), f"removed from {event.tier}, and not there: {data}"
@@ -107,9 +128,11 @@ class Worker:
     """A device, the tiers below it, what runs there, and what a router hears."""
 
     def __init__(self, capacity: int, policy: str, config: TiersConfig, network: Network, shared: dict[Tier, Level]):
-        self.view = View()
+        capacities = {Tier.DEVICE: capacity}
+        self.view = View(capacities)
         self.manager = BlockManager(capacity, 2, policy, events=self.view.hear)
         self.tiers = Tiers(self.manager, config, network=network, shared=shared)
+        capacities.update((level.pool.tier, level.pool.capacity) for level in self.tiers.levels)
         self.sequences: list[list[int]] = []
         self.loads: list[Load] = []
 
@@ -138,6 +161,7 @@ class Worker:
         Raises:
             AssertionError: they differ.
         """
+        self.tiers._offload.raise_failure()  # what the view found wrong
         self.manager.check_integrity()
         self.tiers.check_integrity()
         told = self.view.tiers
@@ -150,13 +174,11 @@ class Worker:
                 assert block.token_ids == [block.lineage_hash] * 2
         self.loads = [load for load in self.loads if load.state is LoadState.RUNNING]
         lent = sum(load.blocks for load in self.loads)
-        referred = {block.lineage_hash for block in self.manager.residents() if any(map(self._refs, block.names))}
-        held = self.manager.num_active_blocks - len(referred) - lent
-        assert 0 <= held <= self.manager.capacity
+        refs = self.manager.refs
+        referred = sum(any(map(refs, block.names)) for block in self.manager.residents())
+        held = self.manager.num_active_blocks - referred - lent
+        assert held == len(self.tiers._offload.held_slots)
         assert not self.tiers.is_idle or held == 0
-
-    def _refs(self, name: int) -> int:
-        return self.manager.refs(name)
 
 
 class Cluster:
@@ -172,7 +194,7 @@ class Cluster:
         shared: dict[Tier, Level] = {}
         if config.external is not None:
             shared[Tier.EXTERNAL] = Level.make(self.network, Tier.EXTERNAL, config.external)
-        capacity, policy = random.randint(1, 16), random.choice(["lineage", "lru"])
+        capacity, policy = random.randint(1, 16), random.choice(sorted(POLICIES))
         self.workers = [Worker(capacity, policy, config, self.network, shared) for _ in range(2)]
         self.ended: list[Load] = []
 
@@ -187,13 +209,14 @@ class Cluster:
         if sequences:
             self.workers[worker].release(number % len(sequences))
 
-    def load(self, worker: int, block: int) -> None:
+    def load(self, worker: int, block: int, alias: int) -> None:
         """What lies below of a chain is asked for."""
         each = self.workers[worker]
-        hashes = chain(block)
-        device, below = each.manager.peek(hashes), each.tiers.peek(hashes)
+        keys = chain(block)
+        hashes, lineage = [key + alias for key in keys], list(zip(keys, [None, *keys], strict=False))
+        device, below = each.manager.peek(hashes), each.tiers.peek(hashes, lineage=lineage)
         room = each.manager.num_free_blocks + each.manager.num_inactive_blocks
-        load = each.tiers.load(hashes, lineage=list(zip(hashes, [None, *hashes], strict=False)))
+        load = each.tiers.load(hashes, lineage=lineage)
         if load in each.loads:
             return
         if load.state is LoadState.RUNNING:
@@ -230,8 +253,13 @@ class Cluster:
     def clear_device(self, worker: int) -> None:
         """One device is to forget everything, and not what lies below."""
         each = self.workers[worker]
-        if each.tiers.is_idle and not each.manager.num_active_blocks:
+        busy = each.manager.num_active_blocks > 0 or each.tiers._offload.is_reading
+        try:
             each.manager.clear()
+        except Conflict:
+            assert busy
+        else:
+            assert not busy
             assert not each.view.tiers[Tier.DEVICE]
 
     def check(self) -> None:
@@ -246,6 +274,7 @@ class Cluster:
             self._check_bytes(number)
         for load in self.ended:
             assert load.state is LoadState.DONE and load.ended_at is not None and load.ended_at <= self.network.now
+            assert load.brought == load.blocks
         self.ended.clear()
 
     def finish(self) -> None:
@@ -276,7 +305,7 @@ class Cluster:
             for link in (level.down, level.up):
                 assert link.ended_bytes <= link.started_bytes
                 assert link.active or link.ended_bytes == link.started_bytes
-                assert (link.active == 0) == (link.deadline is None)
+                assert not link.active or self.network.deadline() is not None
 
 
 def drive(seed: int, steps: int) -> dict[Tier, TierStats]:
@@ -303,7 +332,7 @@ def drive(seed: int, steps: int) -> dict[Tier, TierStats]:
             case "release":
                 cluster.release(worker, random.randrange(9))
             case "load":
-                cluster.load(worker, block)
+                cluster.load(worker, block, random.choice([0, 0, 0, _ALIAS]))
             case "wait":
                 cluster.wait()
             case "advance":
@@ -336,10 +365,10 @@ class TiersMachine(RuleBasedStateMachine):
         """See `Cluster.release`."""
         self.cluster.release(worker, number)
 
-    @rule(worker=_workers, block=_blocks)
-    def load(self, worker: int, block: int) -> None:
+    @rule(worker=_workers, block=_blocks, alias=st.sampled_from([0, 0, 0, _ALIAS]))
+    def load(self, worker: int, block: int, alias: int) -> None:
         """See `Cluster.load`."""
-        self.cluster.load(worker, block)
+        self.cluster.load(worker, block, alias)
 
     @rule()
     def wait(self) -> None:

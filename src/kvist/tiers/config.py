@@ -19,6 +19,14 @@ def _require(config: Struct, field: str, holds: bool, expected: str) -> None:
         raise InvalidInput(f"{type(config).__name__}.{field} must be {expected}, not {getattr(config, field)!r:.80}")
 
 
+def _is_int(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
 class TierConfig(Struct, frozen=True, kw_only=True):
     """One tier below the device, and the two links between it and the tier above.
 
@@ -30,7 +38,7 @@ class TierConfig(Struct, frozen=True, kw_only=True):
         policy: which block goes when it is full: a name of `kvist.blocks.policy.POLICIES`.
 
     Raises:
-        InvalidInput: a value out of range; the field is named.
+        InvalidInput: a value of another type, or out of range; the field is named.
     """
 
     capacity: int = 100_000
@@ -40,11 +48,17 @@ class TierConfig(Struct, frozen=True, kw_only=True):
     policy: str = "lineage"
 
     def __post_init__(self) -> None:
-        _require(self, "capacity", self.capacity >= 1, "1 block or more")
-        _require(self, "down_gb_per_s", self.down_gb_per_s > 0, "above 0")
-        _require(self, "up_gb_per_s", self.up_gb_per_s > 0, "above 0")
-        _require(self, "latency_ms", 0 <= self.latency_ms < math.inf, "0 or more, and finite")
-        _require(self, "policy", self.policy in POLICIES, f"one of {', '.join(sorted(POLICIES))}")
+        _require(self, "capacity", _is_int(self.capacity) and self.capacity >= 1, "an integer, 1 block or more")
+        for field in ("down_gb_per_s", "up_gb_per_s"):
+            _require(self, field, _is_number(getattr(self, field)) and getattr(self, field) > 0, "a number above 0")
+        latency = self.latency_ms
+        _require(self, "latency_ms", _is_number(latency) and 0 <= latency < math.inf, "a number, 0 or more, and finite")
+        _require(
+            self,
+            "policy",
+            isinstance(self.policy, str) and self.policy in POLICIES,
+            f"one of {', '.join(sorted(POLICIES))}",
+        )
 
 
 class TiersConfig(Struct, frozen=True, kw_only=True):
@@ -70,10 +84,10 @@ class TiersConfig(Struct, frozen=True, kw_only=True):
             beyond are lost.
         free_low: below this part of the device's slots that are free, blocks are evicted ahead of need (watermark
             mode), but none that waits to be copied.
-        free_high: until this part is free.
+        free_high: until this part, rounded up to whole blocks, is free.
 
     Raises:
-        InvalidInput: a value out of range; the field is named.
+        InvalidInput: a value of another type, or out of range; the field is named.
     """
 
     block_bytes: int
@@ -91,12 +105,19 @@ class TiersConfig(Struct, frozen=True, kw_only=True):
     free_high: float = 0.02
 
     def __post_init__(self) -> None:
-        _require(self, "block_bytes", self.block_bytes >= 0, "0 bytes or more")
+        _require(
+            self, "block_bytes", _is_int(self.block_bytes) and self.block_bytes >= 0, "an integer, 0 bytes or more"
+        )
+        _require(self, "host", isinstance(self.host, TierConfig), "a TierConfig")
+        for field in ("disk", "external"):
+            _require(self, field, isinstance(getattr(self, field), TierConfig | None), "a TierConfig, or None")
         _require(self, "external", self.external is None or self.disk is not None, "None where disk is None")
         _require(self, "mode", self.mode in get_args(Mode), f"one of {', '.join(get_args(Mode))}")
         _require(self, "admission", self.admission in get_args(AdmissionRule), f"one of {get_args(AdmissionRule)}")
-        _require(self, "admission_count", 1 <= self.admission_count <= 15, "1 to 15")
+        count = self.admission_count
+        _require(self, "admission_count", _is_int(count) and 1 <= count <= 15, "an integer, 1 to 15")
         for field in ("batch_blocks", "transfers", "queue_blocks", "spill_blocks"):
-            _require(self, field, getattr(self, field) >= 1, "1 or more")
-        _require(self, "free_low", 0 <= self.free_low <= 1, "0 to 1")
-        _require(self, "free_high", self.free_low <= self.free_high <= 1, f"free_low ({self.free_low}) to 1")
+            _require(self, field, _is_int(getattr(self, field)) and getattr(self, field) >= 1, "an integer, 1 or more")
+        _require(self, "free_low", _is_number(self.free_low) and 0 <= self.free_low <= 1, "a number, 0 to 1")
+        high = self.free_high
+        _require(self, "free_high", _is_number(high) and self.free_low <= high <= 1, f"free_low ({self.free_low}) to 1")

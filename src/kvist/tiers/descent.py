@@ -22,6 +22,7 @@ class Descent:
         config: sizes of batches, and how many fly at a time.
         log: of the worker.
         stats: of the worker in this tier.
+        failures: gets what sinks of events raise, which stops nothing here.
         landed: gets each batch whose last byte has arrived; its blocks are still *arriving* in the pool.
         given_up: gets blocks that left the queue without a copy, after a batch landed.
         displaced: gets blocks that were evicted from the level.
@@ -37,6 +38,7 @@ class Descent:
         config: TiersConfig,
         log: EventLog,
         stats: TierStats,
+        failures: list[Exception],
         *,
         landed: Callable[[list[Resident]], None],
         given_up: Callable[[list[Resident]], None],
@@ -48,6 +50,7 @@ class Descent:
         self._config = config
         self._log = log
         self._stats = stats
+        self._failures = failures
         self._landed = landed
         self._given_up = given_up
         self._displaced = displaced
@@ -81,17 +84,21 @@ class Descent:
         while self.queue and not self.busy:
             batch = [self.queue.pop(key) for key in list(islice(self.queue, self._config.batch_blocks))]
             missing = [block for block in batch if not pool.holds(block.lineage_hash)]
-            fit, victims = pool.reserve(missing, self._log)
+            fit, gone = pool.reserve(missing, self._log)
             stats.present += len(batch) - len(missing)
             stats.no_room += len(missing) - fit
-            stats.evicted += len(victims)
+            stats.evicted += len(gone)
             if fit < len(batch):
                 stays = {block.lineage_hash for block in missing[:fit]}
                 left += [block for block in batch if block.lineage_hash not in stays]
             if fit:
                 self._fly(missing[:fit])
-            if victims:
-                self._displaced(victims)
+            if gone:
+                try:
+                    pool.tell_gone(gone)
+                except Exception as error:
+                    self._failures.append(error)
+                self._displaced([block for _, block in gone])
         return left
 
     def _fly(self, batch: list[Resident]) -> None:
@@ -105,8 +112,6 @@ class Descent:
         self._running -= 1
         for block in batch:
             del self.flying[block.lineage_hash]
-        try:
-            self._landed(batch)
-        finally:  # whatever a sink of events did: others wait for the link
-            if left := self._start():
-                self._given_up(left)
+        self._landed(batch)
+        if left := self._start():
+            self._given_up(left)

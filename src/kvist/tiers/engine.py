@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 from msgspec.structs import replace
 
 from kvist.blocks import BlockManager, Tier
 from kvist.blocks.moves import LineageEntry
+from kvist.blocks.requests import require_hashes
 from kvist.errors import Conflict, InvalidInput
 from kvist.tiers.config import TiersConfig
 from kvist.tiers.level import Level, TierStats
@@ -56,7 +58,7 @@ class Tiers:
         self._manager = manager
         self._stats = [TierStats() for _ in self.levels]
         self._offload = Offload(manager, self.levels, config, self._stats)
-        self._loader = Loader(manager, self.levels, config, self._stats, self._offload, self.network)
+        self._loader = Loader(manager, self.levels, config, self._stats, self.network)
         manager.attach(self._offload)
 
     @property
@@ -102,9 +104,12 @@ class Tiers:
             chain goes on below.
 
         Raises:
-            InvalidInput: a hash is given twice, ``lineage`` has another length, or the chain does not begin at a root.
+            InvalidInput: a hash cannot be one or is given twice, ``lineage`` has another length, or the chain does not
+                begin at a root.
         """
-        return self._loader.load(hashes, _keys(hashes, lineage))
+        keys = _keys(hashes, lineage)
+        above = [parent for _, parent in lineage] if lineage else [None, *keys[:-1]][: len(keys)]
+        return self._loader.load(hashes, keys, above)
 
     def deadline(self) -> float | None:
         """When something next ends on the network, of any worker; ``None`` if nothing is under way. Milliseconds."""
@@ -118,9 +123,12 @@ class Tiers:
 
         Raises:
             InvalidInput: as `kvist.tiers.links.Network.advance`.
+            Exception: what a sink of events raised while blocks went down, now or before; they went all the same.
         """
         self.network.advance(now)
-        self._offload.keep_free()
+        with ExitStack() as last:
+            last.callback(self._offload.raise_failure)
+            self._offload.keep_free()
 
     def clear(self) -> None:
         """Forget all blocks of this worker, on the device and below; of shared levels those that it brought.
@@ -129,9 +137,12 @@ class Tiers:
             Conflict: blocks are active, or on their way.
         """
         self._require_idle()
-        self._manager.clear()
-        for level in self.levels:
-            level.pool.clear(self._manager.log)
+        if self._manager.num_active_blocks:
+            raise Conflict(f"{self._manager.num_active_blocks} blocks of the device are active")
+        with ExitStack() as clearing:  # all of it, whatever a sink of events does
+            for level in reversed(self.levels):
+                clearing.callback(level.pool.clear, self._manager.log)
+            self._manager.clear()
 
     def close(self) -> None:
         """Let go of the manager.
@@ -146,6 +157,8 @@ class Tiers:
     def check_integrity(self) -> None:
         """Check that what lies here, what is on its way, and what the device lends agree. O(blocks).
 
+        Nobody else may have slots of the device.
+
         Raises:
             AssertionError: they do not: a bug of ours.
         """
@@ -154,6 +167,11 @@ class Tiers:
         self._offload.check_integrity()
         self._loader.check_integrity()
         assert self._loader.lent_slots.isdisjoint(self._offload.held_slots)
+        manager = self._manager
+        referred = sum(any(map(manager.refs, block.names)) for block in manager.residents())
+        lent = manager.num_active_blocks - manager.num_partial_blocks - referred
+        ours = len(self._loader.lent_slots) + len(self._offload.held_slots)
+        assert lent == ours, f"the device lends {lent} slots, and {ours} are in use here"
 
     def _require_idle(self) -> None:
         if not self.is_idle:
@@ -175,8 +193,10 @@ def _levels(config: TiersConfig, network: Network, shared: Mapping[Tier, Level])
 
 
 def _keys(hashes: Sequence[int], lineage: Sequence[LineageEntry]) -> Sequence[int]:
-    if not lineage:
-        return hashes
-    if len(lineage) != len(hashes):
+    if lineage and len(lineage) != len(hashes):
         raise InvalidInput(f"lineage must name {len(hashes)} blocks, not {len(lineage)}")
-    return [key for key, _ in lineage]
+    require_hashes(hashes, "a sequence hash of a chain")
+    keys = [key for key, _ in lineage] if lineage else hashes
+    if len(set(hashes)) != len(hashes) or len(set(keys)) != len(keys):
+        raise InvalidInput("a block of a chain is given twice")
+    return keys

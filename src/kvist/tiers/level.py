@@ -45,7 +45,7 @@ class TierStats(Struct):
         present: not copied, because it was here.
         refused: not copied, because admission did not find it worth it.
         too_busy: not copied, because the link was the bottleneck.
-        no_room: not copied, because all that is here is read or arriving.
+        no_room: not copied, because all that is here is read or arriving, or it would come after itself.
         orphaned: copied, and lost, because the block before it was nowhere any more.
     """
 

@@ -134,11 +134,6 @@ class Link:
         """How many transfers are on it."""
         return len(self._sending) + len(self._sent)
 
-    @property
-    def deadline(self) -> float | None:
-        """When its next transfer ends if none begins before; ``None`` if there is none."""
-        return None if self._wake == math.inf else self._wake
-
     def start(self, nbytes: int, done: Callable[[], None]) -> None:
         """Begin a transfer, at the network's time.
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
+from contextlib import ExitStack
 from enum import StrEnum
 
 from kvist.blocks import BlockManager
 from kvist.blocks.resident import Resident
-from kvist.errors import Conflict, InvalidInput, PoolExhausted
+from kvist.errors import Conflict, InvalidInput, NotFound, PoolExhausted
 from kvist.tiers.ascent import Ascent
 from kvist.tiers.config import TiersConfig
 from kvist.tiers.level import Level, TierStats
 from kvist.tiers.links import Network
-from kvist.tiers.offload import Offload
 
 
 class LoadState(StrEnum):
@@ -25,7 +25,7 @@ class LoadState(StrEnum):
     RUNNING = "running"
     """Blocks are on their way."""
     DONE = "done"
-    """They are inactive blocks of the device."""
+    """They are inactive blocks of the device, as many of them as `Load.brought` says."""
 
 
 class Load:
@@ -34,17 +34,22 @@ class Load:
     Attributes:
         state: how far it is.
         blocks: how many blocks are, or were, on their way up; 0 if it never ran.
+        brought: how many of them, from the first, the device took; 0 until the load is done. Fewer than ``blocks`` if
+            the device meanwhile came to hold a block under the same hash that has another block before it.
         ended_at: milliseconds; ``None`` until it is done.
     """
 
     def __init__(self, state: LoadState, blocks: int = 0) -> None:
         self.state = state
         self.blocks = blocks
+        self.brought = 0
         self.ended_at: float | None = None
         self._callbacks: list[Callable[[Load], None]] = []
 
     def then(self, callback: Callable[[Load], None]) -> None:
         """Have ``callback`` called when this load is done, at that moment, in the network's `advance`.
+
+        All callbacks are called, in the order in which they came here, even if one raises.
 
         Raises:
             Conflict: the load is not running.
@@ -56,9 +61,9 @@ class Load:
     def _end(self, now: float) -> None:
         self.state = LoadState.DONE
         self.ended_at = now
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback(self)
+        with ExitStack() as calls:
+            while self._callbacks:
+                calls.callback(self._callbacks.pop(), self)
 
 
 class Loader:
@@ -69,7 +74,6 @@ class Loader:
         levels: the tiers below it, from the top.
         config: sizes.
         stats: what is counted, one for each level.
-        offload: the same worker's way down.
         network: the clock of the levels' links.
     """
 
@@ -79,14 +83,12 @@ class Loader:
         levels: Sequence[Level],
         config: TiersConfig,
         stats: Sequence[TierStats],
-        offload: Offload,
         network: Network,
     ) -> None:
         self._manager = manager
         self._levels = levels
         self._config = config
         self._stats = stats
-        self._offload = offload
         self._network = network
         self._coming: dict[int, Load] = {}  # by the lineage hash of each block that is on its way
         self._slots: set[int] = set()
@@ -101,12 +103,18 @@ class Loader:
         """The device's slots that are being filled."""
         return self._slots
 
-    def load(self, hashes: Sequence[int], keys: Sequence[int]) -> Load:
-        """See `kvist.tiers.Tiers.load`; ``keys`` are the lineage hashes of ``hashes``."""
+    def load(self, hashes: Sequence[int], keys: Sequence[int], above: Sequence[int | None]) -> Load:
+        """See `kvist.tiers.Tiers.load`.
+
+        Args:
+            hashes: the chain.
+            keys: lineage hash of each.
+            above: lineage hash of the block before each, as the caller names it.
+        """
         known = self._manager.peek(hashes)
         if known < len(keys) and (running := self._coming.get(keys[known])) is not None:
             return running
-        run = self._find(keys, known)
+        run = self._find(keys, above, known)
         if not run:
             return Load(LoadState.NOTHING)
         prefix = hashes[:known]
@@ -115,13 +123,14 @@ class Loader:
         try:
             slots = self._manager.allocate(len(run))
         except PoolExhausted:
-            room = self._manager.num_free_blocks + self._manager.num_inactive_blocks + len(self._offload.held_slots)
-            state = LoadState.NOTHING if room < len(run) else LoadState.BLOCKED
+            state = LoadState.NOTHING
+        except BaseException:  # a sink of events
+            self._let_go(run, prefix)
+            raise
         else:
             state = LoadState.RUNNING if slots else LoadState.BLOCKED
         if state is not LoadState.RUNNING:
-            self._unpin(run)
-            self._manager.deref(prefix)
+            self._let_go(run, prefix)
             return Load(state)
         load = Load(state, len(run))
         self._coming.update((block.lineage_hash, load) for _, block in run)
@@ -143,7 +152,7 @@ class Loader:
             assert load.state is LoadState.RUNNING
             assert any(level.pool.readers(key) for level in self._levels)
 
-    def _find(self, keys: Sequence[int], start: int) -> list[tuple[int, Resident]]:
+    def _find(self, keys: Sequence[int], above: Sequence[int | None], start: int) -> list[tuple[int, Resident]]:
         """What lies below from ``start`` on and is not coming: of each block the highest level, and itself."""
         run: list[tuple[int, Resident]] = []
         for place in range(start, len(keys)):
@@ -152,11 +161,11 @@ class Loader:
             )
             if found is None or keys[place] in self._coming:
                 break
-            above = keys[place - 1] if place else None
-            if found[1].lineage_parent != above:
+            parent = found[1].lineage_parent
+            before = keys[place - 1] if place else None
+            if parent != before and not (parent is None and above[place] is None):
                 raise InvalidInput(
-                    f"a chain to load begins at its root: block {keys[place]} comes after {found[1].lineage_parent}, "
-                    f"not {above}"
+                    f"a chain to load begins at its root: block {keys[place]} comes after {parent}, not {before}"
                 )
             run.append(found)
         return run
@@ -169,6 +178,10 @@ class Loader:
         for number, level in enumerate(self._levels):
             level.pool.unpin([block.lineage_hash for at, block in run if at == number])
 
+    def _let_go(self, run: Sequence[tuple[int, Resident]], prefix: Sequence[int]) -> None:
+        self._unpin(run)
+        self._manager.deref(prefix[::-1])  # tail first, as sequences do
+
     def _done(
         self, load: Load, run: Sequence[tuple[int, Resident]], prefix: Sequence[int], slots: Sequence[int]
     ) -> None:
@@ -176,9 +189,20 @@ class Loader:
         for block in blocks:
             del self._coming[block.lineage_hash]
         self._slots.difference_update(slots)
-        self._unpin(run)
-        try:
-            self._manager.register(blocks, slots, parent=prefix[-1] if prefix else None)
-        finally:  # whatever a sink of events did
-            self._manager.deref(prefix)
-            load._end(self._network.now)
+        with ExitStack() as ending:  # all of it, whatever a sink of events does
+            ending.callback(load._end, self._network.now)
+            ending.callback(self._let_go, run, prefix)
+            self._register(load, blocks, slots, prefix[-1] if prefix else None)
+
+    def _register(self, load: Load, blocks: Sequence[Resident], slots: Sequence[int], parent: int | None) -> None:
+        """Put the longest leading part that contradicts nothing on the device; free the slots of the rest."""
+        for count in range(len(blocks), -1, -1):
+            load.brought = count
+            try:
+                self._manager.register(blocks[:count], slots[:count], parent=parent)
+                return
+            except InvalidInput as error:
+                try:
+                    self._manager.free(slots[count - 1 : count])
+                except NotFound:  # the slot is used up: it was not the manager that refused
+                    raise error from None

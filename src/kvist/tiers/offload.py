@@ -7,6 +7,7 @@ next one.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
@@ -32,6 +33,8 @@ class Offload:
     router cannot place it otherwise. If the block before it is on its way down, it waits for that one; if it is
     nowhere, the copy is dropped.
 
+    A sink of events that raises stops nothing; `raise_failure` says so when the work at hand is done.
+
     Args:
         manager: of the device.
         levels: the tiers below it, from the top.
@@ -51,13 +54,16 @@ class Offload:
         self._ahead = False  # of need: nobody waits for what is evicted now
         self._admission = make_admission(config)
         self._held: dict[int, int] = {}  # slots of evicted blocks that are queued or flying, by lineage hash
+        self._failures: list[Exception] = []  # of sinks of events
         self._waiting: dict[int, list[_Arrival]] = {}  # by the lineage hash of the block before them
+        self._waits_on: dict[int, int] = {}  # the same the other way round, by lineage hashes
         self._descents = [
             Descent(
                 level,
                 config,
                 self._log,
                 stats[number],
+                self._failures,
                 landed=partial(self._landed, number),
                 given_up=partial(self._given_up, number),
                 displaced=partial(self._spill, number + 1),
@@ -73,12 +79,17 @@ class Offload:
         return self._held.values()
 
     @property
+    def is_reading(self) -> bool:
+        """Whether slots of the device are read, or will be: blocks of it are queued or flying."""
+        return bool(self._from_device.queue or self._from_device.flying)
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing is on its way."""
         return not any(descent.queue or descent.flying for descent in self._descents) and not self._waiting
 
     def released(self, blocks: Sequence[Resident]) -> None:
-        """See `kvist.blocks.resident.Evictions.released`."""
+        """See `kvist.blocks.resident.Evictions.released`. Raises, at its end, what sinks of events raised."""
         keys = [block.lineage_hash for block in blocks]
         self._admission.note(keys)
         if self._blocking:
@@ -104,9 +115,10 @@ class Offload:
             stats.present += len(here)
         if chosen:
             self._from_device.offer(chosen)
+        self.raise_failure()
 
     def evicted(self, blocks: Sequence[Resident]) -> Collection[int]:
-        """See `kvist.blocks.resident.Evictions.evicted`."""
+        """See `kvist.blocks.resident.Evictions.evicted`. Raises nothing, or nobody would keep the slots it names."""
         down, held = self._from_device, self._held
         chosen: list[Resident] = []
         kept: list[Resident] = []
@@ -135,12 +147,21 @@ class Offload:
         manager, config = self._manager, self._config
         if self._blocking or manager.num_free_blocks + len(self._held) >= config.free_low * manager.capacity:
             return
-        free = int(config.free_high * manager.capacity) - len(self._held)
+        free = math.ceil(config.free_high * manager.capacity)
+        there = manager.num_free_blocks + manager.num_inactive_blocks + len(self._held)
         self._ahead = True
         try:
-            manager.free(manager.allocate(min(free, manager.num_free_blocks + manager.num_inactive_blocks)))
+            manager.free(manager.allocate(min(free, there)))
         finally:
             self._ahead = False
+
+    def raise_failure(self) -> None:
+        """Raise what sinks of events raised since the last call: the first error, which names the number of others."""
+        failures, self._failures[:] = list(self._failures), []
+        if failures:
+            if len(failures) > 1:
+                failures[0].add_note(f"and {len(failures) - 1} more errors of sinks of events")
+            raise failures[0]
 
     def check_integrity(self) -> None:
         """Check that the figures of what is on its way agree with each other.
@@ -157,6 +178,7 @@ class Offload:
             for number, block in arrivals:
                 assert _key_above(block) == parent
                 waiting[number].add(block.lineage_hash)
+        assert self._waits_on.keys() <= set().union(*waiting)
         for level, descent, landed in zip(self._levels, self._descents, waiting, strict=True):
             assert landed.isdisjoint(descent.flying)
             for key in landed | descent.flying.keys():
@@ -183,7 +205,7 @@ class Offload:
     def _given_up(self, number: int, blocks: list[Resident]) -> None:
         if number == 0:
             self._free(blocks)
-        self._settle(waiter for block in blocks for waiter in self._waiting.pop(block.lineage_hash, ()))
+        self._settle(waiter for block in blocks for waiter in self._take_waiting(block.lineage_hash))
 
     def _spill(self, number: int, blocks: list[Resident]) -> None:
         """What the level above had to let go."""
@@ -220,20 +242,38 @@ class Offload:
             if parent is None or name is not None:
                 names[key] = block.sequence_hash
                 ready.append((number, block, name))
-            elif self._is_coming(parent):
+            elif self._is_coming(parent) and not self._waits_for(parent, key):
                 self._waiting.setdefault(parent, []).append((number, block))
+                self._waits_on[key] = parent
                 continue
             else:
                 self._levels[number].pool.cancel((key,))
                 self._stats[number].orphaned += 1
-            work.extendleft(reversed(self._waiting.pop(key, ())))
+            work.extendleft(reversed(self._take_waiting(key)))
         for number, level in enumerate(self._levels):
             if keys := [block.lineage_hash for at, block, _ in ready if at == number]:
                 level.pool.commit(keys)
                 self._stats[number].stored += len(keys)
         if self._log.is_heard:
             for number, run, parent in _runs(ready):
-                self._log.emit(told([replace(run[0], parent=parent), *run[1:]]), self._levels[number].pool.tier)
+                try:
+                    self._log.emit(
+                        told([replace(run[0], parent=parent), *run[1:]]), tier=self._levels[number].pool.tier
+                    )
+                except Exception as error:
+                    self._failures.append(error)
+
+    def _waits_for(self, key: int, other: int) -> bool:
+        """Whether this block, through those before it, waits for the other: they came from two uses that disagree."""
+        while key in self._waits_on and key != other:
+            key = self._waits_on[key]
+        return key == other
+
+    def _take_waiting(self, key: int) -> list[_Arrival]:
+        arrivals = self._waiting.pop(key, [])
+        for _, block in arrivals:
+            self._waits_on.pop(block.lineage_hash, None)
+        return arrivals
 
     def _is_coming(self, key: int) -> bool:
         return any(descent.is_coming(key) for descent in self._descents)

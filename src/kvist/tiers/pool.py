@@ -5,14 +5,18 @@ Knows presence, readers and order; must not know links or time, nor how a block 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import groupby
 
 from kvist.blocks.events import EventLog, Removed, Tier
 from kvist.blocks.policy import make_policy
 from kvist.blocks.resident import Resident
 from kvist.errors import InvalidInput, NotFound, PoolExhausted
+
+Gone = tuple[EventLog, Resident]
+"""A block that went, and the log that is to hear of it."""
 
 
 class LowerPool:
@@ -21,8 +25,8 @@ class LowerPool:
     A block is *arriving* from `reserve` to `commit`: it has its place, and nobody can find it. Then it is *resident*,
     until it is evicted, which happens only to make room, and only to blocks that nobody reads.
 
-    Whoever brings a block names the log that hears of it: both of its coming, from the caller, and of its going, from
-    here. So the index of a worker's events has what that worker brought.
+    Whoever brings a block names the log that hears of its coming and of its going. So the index of a worker's events
+    has what that worker brought. Events come from the caller, and from `tell_gone` and `clear`.
 
     Args:
         tier: where it is, in events.
@@ -37,6 +41,7 @@ class LowerPool:
         self.tier = tier
         self.capacity = capacity
         self._parents: dict[int, int | None] = {}  # of all that are held
+        self._children: dict[int | None, int] = {}  # how many of them come after each block, held or not
         self._policy = make_policy(policy, capacity=capacity, parents=self._parents)
         self._resident: dict[int, Resident] = {}
         self._arriving: dict[int, Resident] = {}
@@ -55,11 +60,6 @@ class LowerPool:
         """The residents, in no order."""
         return iter(self._resident.values())
 
-    @property
-    def arriving(self) -> int:
-        """How many blocks are arriving."""
-        return len(self._arriving)
-
     def holds(self, key: int) -> bool:
         """Whether this block is resident or arriving."""
         return key in self._parents
@@ -76,9 +76,10 @@ class LowerPool:
         """The log that hears of this block; ``None`` if it is not held."""
         return self._logs.get(key)
 
-    def reserve(self, blocks: Sequence[Resident], log: EventLog) -> tuple[int, list[Resident]]:
+    def reserve(self, blocks: Sequence[Resident], log: EventLog) -> tuple[int, list[Gone]]:
         """Make room for blocks that will arrive: as many as fit besides those that are read or arriving, or that they
-        hang on. What goes for them is told to the logs of those who brought it, at once.
+        hang on, up to one that would come after itself: what is here may be older than what the device says now. What
+        goes for them is for the caller to tell, before any other event: see `tell_gone`.
 
         Args:
             blocks: none of them held, parents before their children.
@@ -97,13 +98,25 @@ class LowerPool:
         room = self.capacity - len(self._parents)
         victims = self._evict(fit - room, {block.lineage_parent for block in blocks}) if fit > room else []
         fit = min(fit, room + len(victims))
-        for block in blocks[:fit]:
-            key = block.lineage_hash
-            self._parents[key] = block.lineage_parent
+        for place, block in enumerate(blocks[:fit]):
+            key, parent = block.lineage_hash, block.lineage_parent
+            if self._follows(parent, key):
+                fit = place
+                break
+            self._parents[key] = parent
+            self._children[parent] = self._children.get(parent, 0) + 1
             self._arriving[key] = block
             self._logs[key] = log
         self._policy.insert(keys[:fit], pinned=True)
         return fit, victims
+
+    def tell_gone(self, gone: Sequence[Gone]) -> None:
+        """Tell those who brought these blocks that they went. Each hears of it even if the sink of another fails."""
+        with ExitStack() as telling:
+            runs = [list(run) for _, run in groupby(gone, key=lambda one: id(one[0]))]
+            for run in reversed(runs):
+                removed = Removed([block.sequence_hash for _, block in run])
+                telling.callback(run[0][0].emit, removed, tier=self.tier)
 
     def commit(self, keys: Sequence[int]) -> None:
         """These blocks have arrived. The caller tells their logs.
@@ -123,15 +136,18 @@ class LowerPool:
         """
         for key in self._take_arriving(keys):
             self._policy.remove((key,))
-            del self._parents[key], self._logs[key]
+            self._forget(key)
+            del self._logs[key]
 
     def pin(self, keys: Sequence[int]) -> None:
         """These blocks get one more reader each. Equal to a use of them.
 
         Raises:
-            NotFound: one of them is not resident.
+            NotFound: one of them is not resident, or given twice.
         """
         self._require(keys)
+        if len(set(keys)) != len(keys):
+            raise NotFound(f"a block of the {self.tier} tier is to get a reader twice in one call")
         self._policy.pin([key for key in keys if key not in self._readers])
         for key in keys:
             self._readers[key] = self._readers.get(key, 0) + 1
@@ -140,10 +156,10 @@ class LowerPool:
         """These blocks lose one reader each. Whoever has none may go again.
 
         Raises:
-            NotFound: one of them is not read.
+            NotFound: one of them is not read, or given twice.
         """
-        if not self._readers.keys() >= set(keys):
-            raise NotFound(f"a block of the {self.tier} tier is to lose a reader, and has none")
+        if len(set(keys)) != len(keys) or not self._readers.keys() >= set(keys):
+            raise NotFound(f"a block of the {self.tier} tier is to lose a reader, and has none, or is given twice")
         for key in keys:
             self._readers[key] -= 1
         unread = [key for key in keys if not self._readers[key]]
@@ -164,7 +180,7 @@ class LowerPool:
         """Let all residents go that ``log`` hears of, and tell it; those that are read stay."""
         gone = [key for key in self._resident if self._logs[key] is log and key not in self._readers]
         self._policy.remove(gone)
-        self._tell_gone([self._drop(key) for key in gone])
+        self.tell_gone([self._drop(key) for key in gone])
 
     def check_integrity(self) -> None:
         """Check that the pool's figures agree with each other.
@@ -176,12 +192,13 @@ class LowerPool:
         assert len(held) <= self.capacity, f"{self.tier}: {len(held)} of {self.capacity}"
         assert self._resident.keys() | self._arriving.keys() == held == self._logs.keys()
         assert self._resident.keys().isdisjoint(self._arriving)
+        assert self._children == Counter(self._parents.values())
         assert self._readers.keys() <= self._resident.keys()
         assert all(count > 0 for count in self._readers.values())
         assert len(self._policy) == len(held) and all(key in self._policy for key in held)
         assert set(self._policy) == held - self._arriving.keys() - self._readers.keys()
 
-    def _evict(self, count: int, above: Set[int | None]) -> list[Resident]:
+    def _evict(self, count: int, above: Set[int | None]) -> list[Gone]:
         """Let ``count`` blocks go, none of them in ``above``; fewer if there are not as many."""
         protected = self._resident.keys() & above
         try:
@@ -191,17 +208,24 @@ class LowerPool:
             with suppress(PoolExhausted):
                 while True:
                     keys += self._policy.evict(1, protected)
-        victims = [self._drop(key) for key in keys]
-        self._tell_gone(victims)
-        return [block for _, block in victims]
+        return [self._drop(key) for key in keys]
 
-    def _tell_gone(self, gone: Sequence[tuple[EventLog, Resident]]) -> None:
-        for _, each in groupby(gone, key=lambda one: id(one[0])):
-            run = list(each)
-            run[0][0].emit(Removed([block.sequence_hash for _, block in run]), self.tier)
+    def _follows(self, key: int | None, above: int) -> bool:
+        """Whether this block is, or comes after, another, which is not held."""
+        if above not in self._children:
+            return key == above
+        while key is not None and key != above:
+            key = self._parents.get(key)
+        return key == above
 
-    def _drop(self, key: int) -> tuple[EventLog, Resident]:
-        del self._parents[key]
+    def _forget(self, key: int) -> None:
+        parent = self._parents.pop(key)
+        self._children[parent] -= 1
+        if not self._children[parent]:
+            del self._children[parent]
+
+    def _drop(self, key: int) -> Gone:
+        self._forget(key)
         return self._logs.pop(key), self._resident.pop(key)
 
     def _take_arriving(self, keys: Sequence[int]) -> dict[int, Resident]:

@@ -39,42 +39,44 @@ class Arc(Checked[K]):
         self._repeated: set[K] = set()  # all keys that are held and used more than once, pinned or not
         self._once_ghosts: OrderedDict[K, None] = OrderedDict()
         self._often_ghosts: OrderedDict[K, None] = OrderedDict()
-        self._returning: set[K] = set()  # keys that had a ghost, and are inserted next
+        self._returning: set[K] = set()  # keys with a ghost that were expected, and have moved the target
         self._tie_to_once = False  # one of them was used often
 
     def expect(self, keys: Sequence[K]) -> None:
         """See `Policy.expect`."""
-        self._returning.clear()
         self._tie_to_once = False
-        self._recall(reversed(keys))
+        self._learn(reversed(keys))
 
     def _insert(self, keys: Sequence[K], pinned: bool) -> None:
-        self._recall(keys)
-        self._repeated |= self._returning.intersection(keys)
-        self._returning.clear()
+        self._learn(keys)
         self._tie_to_once = False
+        for key in self._returning.intersection(keys):
+            self._repeated.add(key)
+            (self._once_ghosts if key in self._once_ghosts else self._often_ghosts).pop(key)
+            self._returning.remove(key)
         if not pinned:
             self._unpin(keys)
         held = len(self._held)
         while self._once_ghosts and held - len(self._repeated) + len(self._once_ghosts) > self._capacity:
-            self._once_ghosts.popitem(last=False)
+            self._returning.discard(self._once_ghosts.popitem(last=False)[0])
         while self._often_ghosts and held + len(self._once_ghosts) + len(self._often_ghosts) > 2 * self._capacity:
-            self._often_ghosts.popitem(last=False)
+            self._returning.discard(self._often_ghosts.popitem(last=False)[0])
 
-    def _recall(self, keys: Iterable[K]) -> None:
-        """Learn from keys that come back, of which the policy has ghosts."""
+    def _learn(self, keys: Iterable[K]) -> None:
+        """Move the target for keys that come back, of which the policy has ghosts; once, until they are inserted."""
+        once, often = len(self._once_ghosts), len(self._often_ghosts)
         for key in keys:
-            once, often = len(self._once_ghosts), len(self._often_ghosts)
-            if key in self._once_ghosts:
-                self._target = min(self._target + max(often / once, 1), self._capacity)
-                del self._once_ghosts[key]
-            elif key in self._often_ghosts:
-                self._target = max(self._target - max(once / often, 1), 0)
-                del self._often_ghosts[key]
+            if key in self._often_ghosts:
                 self._tie_to_once = True
-            else:
+            elif key not in self._once_ghosts:
+                continue
+            if key in self._returning:
                 continue
             self._returning.add(key)
+            if key in self._once_ghosts:
+                self._target = min(self._target + max(often / once, 1), self._capacity)
+            else:
+                self._target = max(self._target - max(once / often, 1), 0)
 
     def _touch(self, keys: Sequence[K]) -> None:
         self._repeated.update(keys)

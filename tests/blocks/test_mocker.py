@@ -25,6 +25,9 @@ from kvist.blocks import (
 )
 from kvist.errors import InvalidInput, NotFound
 from kvist.sim.sequence import ActiveSequence
+from kvist.testing.blocks import Follower
+
+pytestmark = pytest.mark.usefixtures("whole")
 
 CHAINS = {
     0: None,
@@ -50,6 +53,7 @@ class Driven:
 
     def __init__(self, capacity: int, block_size: int = 16, policy: str = "lineage") -> None:
         self.published: list[Event] = []
+        self.told: list[Stored | Removed] = []  # of them, all that `events` gave
         self.manager = BlockManager(capacity, block_size, policy, self.published.append)
 
     def use(self, *blocks: int, lineage: Sequence[LineageEntry]) -> int:
@@ -70,8 +74,23 @@ class Driven:
     def events(self) -> list[Stored | Removed]:
         data = [event.data for event in self.published]
         self.published.clear()
-        assert all(isinstance(each, Stored | Removed) for each in data)
-        return data  # type: ignore[return-value]
+        known = [each for each in data if isinstance(each, Stored | Removed)]
+        assert known == data
+        self.told += known
+        return known
+
+
+def heard(events: Sequence[Stored | Removed]) -> dict[int, int | None]:
+    """What an index holds that heard these: of each block the one before it."""
+    index = Follower()
+    for number, data in enumerate(events):
+        index.hear(Event(number, data))
+    return {name: told.parent for name, told in index.names.items()}
+
+
+def most(events: Sequence[Stored | Removed]) -> int:
+    """How many blocks such an index holds at most while it hears them."""
+    return max(len(heard(events[: number + 1])) for number in range(len(events)))
 
 
 def test_use_single_full_block() -> None:
@@ -118,13 +137,31 @@ def test_deref_returns_to_inactive() -> None:
 
 
 def test_inactive_reuse_via_match_blocks() -> None:
-    """The original tells nobody of the second name, and would remove the block by the first one only."""
+    """The original tells nobody of the second name, and removes the block by the first one only."""
     driven = Driven(10)
     driven.use_full(1, 100)
     driven.deref(1)
     assert driven.use_full(2, 100) == 1
     assert driven.manager.num_active_blocks == 1
-    assert driven.events() == [Stored([1]), Stored([2])]
+    theirs: list[Stored | Removed] = [Stored([1])]
+    ours = driven.events()
+    assert ours == [Stored([1]), Stored([2])]
+    assert heard(theirs) == {1: None}  # no router sends requests for block 2 here
+    assert heard(ours) == {1: None, 2: None}
+
+
+def test_all_names_of_a_block_go_with_it() -> None:
+    """Not of the original, which would remove one name of two if it told of both."""
+    driven = Driven(1)
+    for block in (1, 2):
+        driven.use_full(block, 100)
+        driven.deref(block)
+    driven.use_full(3, 300)
+    theirs: list[Stored | Removed] = [Stored([1]), Stored([3]), Removed([1])]
+    ours = driven.events()
+    assert ours == [Stored([1]), Stored([2]), Removed([2, 1]), Stored([3])]
+    assert heard(theirs) == heard(ours) == {3: None}
+    assert most(theirs) == 2  # in a pool of one block
 
 
 def test_eviction_frees_inactive_for_new_allocation() -> None:
@@ -237,6 +274,9 @@ def test_block_lifecycle_stringent() -> None:
     assert use(10, 11, 12) == 3
     theirs = [Stored([10, 11, 12], None), Removed([4, 3, 6])]
     assert driven.events() == theirs[::-1]
+    so_far, ours = driven.told[:-2], driven.told[-2:]
+    assert heard(so_far + theirs) == heard(so_far + ours)
+    assert (most(so_far + theirs), most(so_far + ours)) == (13, 10)
     assert_active(dict.fromkeys([0, 1, 2, 7, 8, 9, 10, 11, 12], 1))
     assert_inactive(5)
 
@@ -316,7 +356,11 @@ def test_a_hit_between_new_blocks_parts_two_runs() -> None:
     driven.use(11, lineage=[(11, 10)])
     driven.events()
     driven.use(10, 11, 12, lineage=[(10, None), (11, 10), (12, 11)])
-    assert driven.events() == [Stored([10], parent=None), Stored([12], parent=11)]
+    theirs: list[Stored | Removed] = [Stored([10, 12], parent=11)]
+    ours = driven.events()
+    assert ours == [Stored([10], parent=None), Stored([12], parent=11)]
+    assert heard(theirs) == {10: 11, 12: 10}
+    assert heard(ours) == {10: None, 12: 11}
 
 
 def test_shared_prefix_distinct_vs_refcount() -> None:

@@ -5,9 +5,13 @@ Links carry a block of 1,000,000 bytes at 1 GB/s: one millisecond each.
 
 from __future__ import annotations
 
+import pytest
+
 from kvist.blocks import BlockManager, Deref, Event, FullBlock, Removed, Stored, Tier, Use
 from kvist.blocks.resident import Resident
 from kvist.tiers import LoadState, TierConfig, Tiers, TiersConfig
+
+pytestmark = pytest.mark.usefixtures("whole")
 
 
 def make(capacity: int, host: int = 100) -> tuple[BlockManager, Tiers, list[Event]]:
@@ -126,6 +130,24 @@ def test_swap_in_registration_anchors_suffix_to_reused_prefix_parent() -> None:
     assert manager.register(blocks, manager.allocate(2), parent=11) == 2
     assert [event.data for event in events] == [Stored([12, 13], 11, [120, 130], [[1] * 4, [2] * 4])]
     assert manager.num_inactive_blocks == 2
+
+
+def test_asking_again_copies_down_no_more() -> None:
+    """Ours. There, each call that is blocked evicts anew what it lacks, though that is on its way already."""
+    manager, tiers, _ = make(4)
+    for block in (1, 2, 3, 4):
+        use(manager, block)
+    for block in (1, 2, 3, 4):
+        deref(manager, block)
+    move = Use([FullBlock(block) for block in (5, 6)], lineage=[(5, None), (6, 5)])
+    theirs = [2, 0, 0]
+    ours = []
+    for _ in range(3):
+        assert manager.process(move) == 0
+        ours.append(manager.num_inactive_blocks)
+    assert (ours, theirs[-1]) == ([2, 2, 2], 0)
+    tick(tiers)
+    assert manager.process(move) == 2
 
 
 def test_a_block_that_is_below_already_blocks_nobody() -> None:
