@@ -7,12 +7,14 @@ An arm is told what to do by lines of JSON and answers each by one. The others a
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +52,54 @@ def arm(asked: dict[str, Any]) -> None:
     """Throughput of a fixed workload, once for each line; the line says which prompts."""
     from vllm import SamplingParams
 
+    spent = Spent()
+    if asked.get("transfer"):
+        spent.watch()
     llm = engine(asked)
     params = SamplingParams(temperature=0, max_tokens=asked["output"], ignore_eos=True, detokenize=False)
     answer(ready=True)
     for line in sys.stdin:
         seed = json.loads(line)
         prompts = [{"prompt_token_ids": ids(asked["prompt"], f"{seed}/{n}")} for n in range(asked["prompts"])]
+        spent.seconds = 0.0
         cpu, started = time.process_time(), time.perf_counter()
         done = llm.generate(prompts, params, use_tqdm=False)
         seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+        in_connector_s = spent.seconds
         assert not any(one.num_cached_tokens for one in done), "the prompts were to be new"
         tokens = sum(len(one.prompt_token_ids) + len(one.outputs[0].token_ids) for one in done)
-        answer(seconds=seconds, cpu_s=cpu_s, tokens=tokens, settle_s=settled(asked.get("transfer")), **stats(asked))
+        measured = {"seconds": seconds, "cpu_s": cpu_s, "in_connector_s": in_connector_s, "tokens": tokens}
+        answer(**measured, settle_s=settled(asked.get("transfer")), **stats(asked))
+
+
+class Spent:
+    """The time that the engine's own thread spends in calls of our connector."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+
+    def watch(self) -> None:
+        """Before an engine is made."""
+        from kvist.engines.vllm.connector import KvistConnector
+
+        for name, member in list(vars(KvistConnector).items()):
+            if callable(member) and not name.startswith("__"):
+                setattr(KvistConnector, name, self._timed(member))
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            started = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.seconds += time.perf_counter() - started
+
+        return timed
 
 
 def stats(asked: dict[str, Any]) -> dict[str, int]:
