@@ -56,8 +56,8 @@ def test_the_shell_commands(place: Path) -> None:
     with Worker(*options) as worker:
         done, more = answers(checkout, worker)
     assert (done["cid"], done["bit_exact"]) == (snap["cid"], True)
-    prompt = completion["usage"]["prompt_tokens"]  # type: ignore[index]
-    assert more["usage"]["prompt_tokens_details"]["cached_tokens"] == prompt + 49  # type: ignore[index]
+    tokens = completion["usage"]["total_tokens"]  # type: ignore[index]  # it may have ended by itself
+    assert more["usage"]["prompt_tokens_details"]["cached_tokens"] == tokens - 1  # type: ignore[index]
     told = shell(look)
     assert "essay" in told
     assert "ending/0" in told
