@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from kvist.router.index import Index
 from kvist.router.publish import END, Publisher
 from kvist.router.subscribe import Subscriber
 from kvist.router.wire import sglang, vllm
+from router.waiting import until
 
 SIZE = 4
 
@@ -48,13 +49,6 @@ def removed(*names: int) -> Event:
 def held(subscriber: Subscriber[Index], worker: int = 1, rank: int = 0) -> set[int]:
     with subscriber.reading() as index:
         return set(index.hashes_of(worker, rank))
-
-
-def until(what: Callable[[], Any], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "this does not come about"
-        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import errno
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,19 +22,13 @@ from kvist.router.feed import FeedState
 from kvist.router.index import Index
 from kvist.router.publish import Publisher
 from kvist.router.subscribe import Subscriber
+from router.waiting import until
 
 SIZE = 4
 
 
 def stored(name: int) -> Event:
     return Event(name, Stored([name], None, token_ids=[[name] * SIZE]))
-
-
-def until(what: Callable[[], Any], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "this does not come about"
-        time.sleep(0.005)
 
 
 @pytest.fixture
