@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import index
 from typing import Annotated, Any, Final
 
@@ -64,7 +64,24 @@ _TAGGED_MAP: Final = Decoder(_TaggedMap)
 _TAGGED_ARRAY: Final = Decoder(_TaggedArray)
 
 
-def read_message(payload: bytes, form: str) -> Message:
+def read_batch(payload: bytes, form: str, read: Callable[[Raw, int], BlockEvent | str]) -> Batch:
+    """The batch; ``read`` makes an event of its bytes and place, or a sentence if it is of a kind nobody knows.
+
+    Raises:
+        InvalidInput: other bytes, of which ``form`` is named as what was expected; and what ``read`` raises.
+    """
+    message = _read_message(payload, form)
+    told = [read(raw, index) for index, raw in enumerate(message.events)]
+    events = [event for event in told if isinstance(event, BlockEvent)]
+    return Batch(message.ts, events, message.dp_rank, tuple(event for event in told if isinstance(event, str)))
+
+
+def unknown_medium(medium: object, index: int) -> str:
+    """What is said of an event on a tier that nobody knows."""
+    return f"event {index}: unknown medium {medium!r:.80}"
+
+
+def _read_message(payload: bytes, form: str) -> Message:
     """The batch, its events unread.
 
     Raises:

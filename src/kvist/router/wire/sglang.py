@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any, Final
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 from msgspec.msgpack import Decoder
 
 from kvist.blocks.events import Cleared, Removed, Stored, Tier
@@ -23,9 +23,10 @@ from kvist.router.wire.messages import (
     checked_tokens,
     fold,
     fold_parent,
+    read_batch,
     read_event,
-    read_message,
     tier_of,
+    unknown_medium,
     unset_except,
     write_message,
 )
@@ -61,22 +62,7 @@ def decode(payload: bytes) -> Batch:
     Raises:
         InvalidInput: bytes that are no such batch, or an event of a known kind that cannot be right.
     """
-    message = read_message(payload, _FORM)
-    events: list[BlockEvent] = []
-    skipped: list[str] = []
-    for index, raw in enumerate(message.events):
-        event = read_event(raw, index, _EVENTS)
-        if isinstance(event, str):
-            skipped.append(event)
-        elif isinstance(event, _Cleared):
-            events.append(BlockEvent(Cleared()))
-        elif (tier := tier_of(event.medium)) is None:
-            skipped.append(f"event {index}: unknown medium {event.medium!r:.80}")
-        elif isinstance(event, _Stored):
-            events.append(_stored(event, tier, index))
-        else:
-            events.append(BlockEvent(Removed(list(map(fold, event.block_hashes))), tier))
-    return Batch(message.ts, events, message.dp_rank, tuple(skipped))
+    return read_batch(payload, _FORM, _read)
 
 
 def encode(batch: Batch) -> bytes:
@@ -88,6 +74,19 @@ def encode(batch: Batch) -> bytes:
             negative rank, a value that msgpack has no form for.
     """
     return write_message(batch, [_to_wire(event) for event in batch.events], _FORM)
+
+
+def _read(raw: Raw, index: int) -> BlockEvent | str:
+    event = read_event(raw, index, _EVENTS)
+    if isinstance(event, str):
+        return event
+    if isinstance(event, _Cleared):
+        return BlockEvent(Cleared())
+    if (tier := tier_of(event.medium)) is None:
+        return unknown_medium(event.medium, index)
+    if isinstance(event, _Stored):
+        return _stored(event, tier, index)
+    return BlockEvent(Removed(list(map(fold, event.block_hashes))), tier)
 
 
 def _stored(wire: _Stored, tier: Tier, index: int) -> BlockEvent:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from msgspec import MsgspecError, Struct, convert, field
+from msgspec import MsgspecError, Raw, Struct, convert, field
 from msgspec.msgpack import Decoder
 
 from kvist.blocks.events import Cleared, Removed, Stored, Tier
@@ -26,9 +26,10 @@ from kvist.router.wire.messages import (
     fold,
     fold_parent,
     is_map,
+    read_batch,
     read_event,
-    read_message,
     tier_of,
+    unknown_medium,
     write_message,
 )
 
@@ -108,26 +109,7 @@ def decode(payload: bytes) -> Batch:
     Raises:
         InvalidInput: bytes that are no such batch, or an event of a known kind that cannot be right.
     """
-    message = read_message(payload, _FORM)
-    events: list[BlockEvent] = []
-    skipped: list[str] = []
-    for index, raw in enumerate(message.events):
-        event = read_event(raw, index, _MAPS if is_map(raw) else _ARRAYS)
-        if isinstance(event, str):
-            skipped.append(event)
-        elif isinstance(event, (_Cleared, _ClearedArray)):
-            events.append(BlockEvent(Cleared()))
-        elif (tier := tier_of(event.medium)) is None:
-            skipped.append(f"event {index}: unknown medium {event.medium!r:.80}")
-        elif isinstance(event, _Stored):
-            events.append(_stored(event, tier, index))
-        elif isinstance(event, _StoredArray):
-            events.append(_stored(_from_array(event, index), tier, index))
-        else:
-            locality = event.locality if isinstance(event, _Removed) else None
-            hashes = list(map(fold, event.block_hashes))
-            events.append(BlockEvent(Removed(hashes), tier, group=event.group_idx, locality=locality))
-    return Batch(message.ts, events, message.dp_rank, tuple(skipped))
+    return read_batch(payload, _FORM, _read)
 
 
 def encode(batch: Batch) -> bytes:
@@ -139,6 +121,22 @@ def encode(batch: Batch) -> bytes:
             negative rank, a value that msgpack has no form for.
     """
     return write_message(batch, [_to_wire(event) for event in batch.events], _FORM)
+
+
+def _read(raw: Raw, index: int) -> BlockEvent | str:
+    event = read_event(raw, index, _MAPS if is_map(raw) else _ARRAYS)
+    if isinstance(event, str):
+        return event
+    if isinstance(event, (_Cleared, _ClearedArray)):
+        return BlockEvent(Cleared())
+    if (tier := tier_of(event.medium)) is None:
+        return unknown_medium(event.medium, index)
+    if isinstance(event, _Stored):
+        return _stored(event, tier, index)
+    if isinstance(event, _StoredArray):
+        return _stored(_from_array(event, index), tier, index)
+    locality = event.locality if isinstance(event, _Removed) else None
+    return BlockEvent(Removed(list(map(fold, event.block_hashes))), tier, group=event.group_idx, locality=locality)
 
 
 def _stored(wire: _Stored, tier: Tier, index: int) -> BlockEvent:
