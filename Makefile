@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DYNAMO_VENV ?= $(CURDIR)/.venv-dynamo
 export KVIST_DYNAMO_PYTHON ?= $(DYNAMO_VENV)/bin/python
 
-.PHONY: demo test test-slow test-vllm test-vllm-slow lint format bench bench-blocks bench-vllm clean
+.PHONY: demo test test-slow test-vllm test-vllm-slow lint format bench bench-blocks bench-sim bench-vllm clean
 
 demo: $(VENV)/.kvist
 	$(BIN)/kvist demo
@@ -35,6 +35,12 @@ bench-vllm: $(VLLM_VENV)/.kvist
 bench-blocks: $(VENV)/.kvist $(DYNAMO_VENV)/.kvist $(VLLM_VENV)/.kvist
 	$(VLLM_VENV)/bin/python bench/blocks.py
 	$(BIN)/python bench/index.py
+
+# TRACES: Mooncake traces to replay beside Dynamo. What a real vLLM answers is compared in its own environment.
+bench-sim: $(VENV)/.kvist $(DYNAMO_VENV)/.kvist $(VLLM_VENV)/.kvist
+	$(BIN)/python bench/replay.py $(TRACES)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[server,sim]"
+	$(VLLM_VENV)/bin/python bench/fidelity.py
 
 lint: $(VENV)/.kvist-lint
 	$(BIN)/ruff check .

@@ -19,13 +19,23 @@ def generate() -> str:
 
 
 def commands() -> Iterator[tuple[str, str, click.Command]]:
-    """Section, name and command, in the order of `kvist --help`."""
+    """Section, name and command, in the order of `kvist --help`; those of a group after it."""
     context = click.Context(main)
     for title, section in SECTIONS.items():
         for name in section:
             command = main.get_command(context, name)
             if command is not None:
-                yield title, name, command
+                yield from ((title, *one) for one in _with_those_below(name, command))
+
+
+def _with_those_below(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    yield name, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for below in command.list_commands(context):
+            found = command.get_command(context, below)
+            assert found is not None
+            yield from _with_those_below(f"{name} {below}", found)
 
 
 def _sections() -> Iterator[str]:

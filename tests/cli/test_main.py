@@ -15,7 +15,9 @@ import click
 import pytest
 
 from kvist import __version__, errors
-from kvist.cli.main import SECTIONS, Lazy, main
+from kvist.cli.lazy import Lazy, LazyGroup
+from kvist.cli.main import SECTIONS, main
+from kvist.cli.sim import sim
 from kvist.errors import KvistError
 
 from .conftest import Graph, Kvist, run
@@ -189,7 +191,13 @@ HEAVY = {"torch", "transformers", "numpy", "starlette", "uvicorn", "rich", "blak
 
 
 @pytest.mark.parametrize(
-    "code", ["import kvist", "import kvist.cli.main", "from kvist.cli.main import main; main(['--help'])"]
+    "code",
+    [
+        "import kvist",
+        "import kvist.cli.main",
+        "from kvist.cli.main import main; main(['--help'])",
+        "from kvist.cli.main import main; main(['sim', '--help'])",
+    ],
 )
 def test_what_help_does_not_import(code: str) -> None:
     tail = "import atexit, sys; atexit.register(lambda: print('\\n' + ' '.join(sys.modules)))\n"
@@ -228,6 +236,17 @@ def test_a_command_whose_package_is_not_installed(monkeypatch: pytest.MonkeyPatc
     assert ran.err.endswith("hint: pip install 'kvist[all]'\n")
 
 
+def test_the_simulator_without_its_extra() -> None:
+    code = "import sys; sys.modules['numpy'] = None; from kvist.cli.main import main; main()"
+    for words in (["sim", "describe", "t.jsonl"], ["sim", "generate", "agents", "--out", "t.jsonl"]):
+        ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert ran.stderr == (
+            "error: this command needs the Python package numpy, which is not installed\n"
+            "hint: pip install 'kvist[sim]'\n"
+        )
+
+
 def test_warnings_of_the_library_are_notes(kvist: Kvist) -> None:
     (kvist.root / "segments").mkdir()
     (kvist.root / "segments" / ("0" * 32)).write_bytes(b"short")
@@ -246,11 +265,12 @@ def test_a_command_is_imported_only_when_called(monkeypatch: pytest.MonkeyPatch,
         run(["later"], {})
 
 
-def test_the_table_of_commands_says_what_they_say() -> None:
-    context = click.Context(main)
-    for section in SECTIONS.values():
+@pytest.mark.parametrize("group", [main, sim], ids=["kvist", "sim"])
+def test_the_table_of_commands_says_what_they_say(group: LazyGroup) -> None:
+    context = click.Context(group)
+    for section in group.sections.values():
         for name, lazy in section.items():
-            command = main.get_command(context, name)
+            command = group.get_command(context, name)
             if command is not None:
                 assert command.name == name
                 assert command.get_short_help_str(200).startswith(lazy.help.removesuffix(".")), name

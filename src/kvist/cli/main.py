@@ -5,16 +5,15 @@ Knows names of commands, not what they do: each is imported when it is called, s
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import click
 
 from kvist import __version__
 from kvist.cli.invocation import Invocation, common_of_root
+from kvist.cli.lazy import Lazy, LazyGroup
 from kvist.cli.output import Mode
 from kvist.errors import KvistError
 
@@ -22,22 +21,8 @@ INTERRUPTED: Final = 130
 """Exit code after Ctrl-C, as shells report a process that SIGINT ended."""
 
 
-class Lazy(NamedTuple):
-    """A command that is imported when it is called.
-
-    Attributes:
-        target: ``"module:attribute"``.
-        help: its line in `kvist --help`; how the command's own short help begins.
-    """
-
-    target: str
-    help: str
-
-    @property
-    def module(self) -> str:
-        """The module's name."""
-        return self.target.partition(":")[0]
-
+EXTRAS: Final = {"numpy": "sim", "zstandard": "sim", "matplotlib": "sim", "prometheus_client": "mock", "ray": "ray"}
+"""Packages that an extra of ours brings, for the hint when one is missing; all others: the extra `all`."""
 
 SECTIONS: Final[dict[str, dict[str, Lazy]]] = {
     "Repository": {
@@ -58,6 +43,11 @@ SECTIONS: Final[dict[str, dict[str, Lazy]]] = {
         "serve": Lazy("kvist.cli.serve:serve", "Serve a model with an OpenAI-compatible API."),
         "demo": Lazy("kvist.cli.demo:demo", "See a cache snapshot, forked and checked out."),
     },
+    "Simulator": {
+        "sim": Lazy("kvist.cli.sim:sim", "Replay traces in virtual time, and make and describe them."),
+        "plan": Lazy("kvist.cli.plan:plan", "Find the cheapest cluster that serves a trace within an SLA."),
+        "mock": Lazy("kvist.cli.mock:mock", "Run an engine without a GPU, for tests of routers and clients."),
+    },
     "Shell": {
         "completion": Lazy("kvist.cli.completion:completion", "Print the completion script for a shell."),
     },
@@ -65,29 +55,10 @@ SECTIONS: Final[dict[str, dict[str, Lazy]]] = {
 """Every command, in the order of `kvist --help`. One whose module is not installed is left out."""
 
 
-class Root(click.Group):
-    """Finds commands by `SECTIONS`, and ends the process as the conventions say (docs/reference/cli.md)."""
+class Root(LazyGroup):
+    """Ends the process as the conventions say (docs/reference/cli.md)."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of all commands that are there."""
-        return [name for section in SECTIONS.values() for name, lazy in section.items() if _is_there(lazy)]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command; ``None`` if there is none of that name."""
-        found = [section[cmd_name] for section in SECTIONS.values() if cmd_name in section]
-        if not found or not _is_there(found[0]):
-            return None
-        command: click.Command = getattr(importlib.import_module(found[0].module), found[0].target.partition(":")[2])
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands without importing them."""
-        width = max(len(name) for name in self.list_commands(ctx))
-        for title, section in SECTIONS.items():
-            rows = [(name.ljust(width), lazy.help) for name, lazy in section.items() if _is_there(lazy)]
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
+    sections = SECTIONS
 
     def main(
         self,
@@ -115,7 +86,7 @@ class Root(click.Group):
             run.out.error(
                 KvistError.kind,
                 f"this command needs the Python package {error.name}, which is not installed",
-                "pip install 'kvist[all]'",
+                f"pip install 'kvist[{EXTRAS.get(error.name or '', 'all')}]'",
                 status,
             )
         except click.Abort:
@@ -131,10 +102,6 @@ class Root(click.Group):
                 kind = "usage" if isinstance(error, click.UsageError) else KvistError.kind
                 run.out.error(kind, error.format_message(), None, status)
         sys.exit(status if isinstance(status, int) else 0)
-
-
-def _is_there(lazy: Lazy) -> bool:
-    return importlib.util.find_spec(lazy.module) is not None
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -71,6 +72,9 @@ STATUS: Final[dict[type[KvistError], int]] = {
 }
 """HTTP status by error class; a class that is not here has its nearest base's."""
 
+Envelope = Callable[[Exception], dict[str, Any]]
+"""How an error is told: `envelope`, or another server's form."""
+
 _RETRY_AFTER_S: Final = "1"
 _HTTP_KINDS: Final = {404: "not_found", 405: "method_not_allowed"}
 
@@ -91,7 +95,7 @@ def envelope(error: Exception) -> dict[str, Any]:
     return _envelope(500, "internal error; the server's log has the traceback", "internal", None)
 
 
-def error_response(error: Exception) -> Response:
+def error_response(error: Exception, form: Envelope = envelope) -> Response:
     """The answer to a request that failed with ``error``; one that is a bug of ours is logged with its traceback."""
     headers: dict[str, str]
     if isinstance(error, KvistError):
@@ -104,7 +108,7 @@ def error_response(error: Exception) -> Response:
     else:
         status, headers = 500, {}
         log.error("a request failed", exc_info=error)
-    return Response(msgspec.json.encode(envelope(error)), status, headers, "application/json")
+    return Response(msgspec.json.encode(form(error)), status, headers, "application/json")
 
 
 def _envelope(status: int, message: str, kind: str, param: str | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import secrets
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from blake3 import blake3
 
@@ -44,6 +44,26 @@ class Start:
     override: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Step(Protocol):
+    """One generated token, and what the engine says of it; see `kvist.engines.hf.StepOutput`."""
+
+    @property
+    def token_id(self) -> int:
+        """The token."""
+
+    @property
+    def logprob(self) -> float:
+        """Its log probability."""
+
+    @property
+    def top(self) -> Sequence[tuple[int, float]]:
+        """The likeliest ids with their log probabilities."""
+
+    @property
+    def logits(self) -> Any:
+        """Row of logits, or ``None``."""
+
+
 @dataclass(slots=True)
 class Piece:
     """What came of one choice since the last piece.
@@ -58,7 +78,7 @@ class Piece:
 
     index: int
     text: str = ""
-    steps: list[StepOutput] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 

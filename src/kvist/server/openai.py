@@ -6,7 +6,6 @@ import asyncio
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,11 +16,11 @@ from starlette.responses import Response
 from kvist.errors import NotFound
 from kvist.ids import short
 from kvist.server.answers import Answer, ChatAnswer, CompletionAnswer
-from kvist.server.errors import BadRequest
-from kvist.server.generation import Generation, Piece, sequence_ids
+from kvist.server.delivery import deliver, require_consistent
+from kvist.server.generation import Generation, sequence_ids
 from kvist.server.plan import Plan, Served, make_plan
 from kvist.server.schema import ChatBody, CompletionBody, read_body
-from kvist.server.wire import CLIENT_GONE, ClientGone, EventStream, json_response, while_connected
+from kvist.server.wire import json_response
 
 _REMEMBERED: Final = 10_000
 _RESUMES: Final = 3
@@ -99,30 +98,12 @@ class OpenAI:
         return await self._answer(request, body, "chatcmpl-")
 
     async def _answer(self, request: Request, body: CompletionBody | ChatBody, prefix: str) -> Response:
-        if body.stream_options is not None and not body.stream:
-            raise BadRequest("stream_options: only with stream: true", param="stream_options")
+        require_consistent(body)
         client_id = request.headers.get("x-request-id")
         plan, generation = await self._submit(prefix, client_id, body)
-        headers = {"X-Request-Id": client_id or generation.id}
         answer = self._shape(generation.id, body, plan)
-        pieces = generation.pieces()
-        try:
-            # The first piece is awaited before the status is sent: most failures come before it.
-            first = await while_connected(request, pieces.__anext__)
-            if body.stream:
-                events = self._events(first, pieces, answer, generation, plan, body)
-                return EventStream(events, headers, generation.cancel)
-            choices = await while_connected(request, lambda: _collect(first, pieces, len(plan.starts)))
-        except ClientGone:
-            generation.cancel()
-            return Response(status_code=CLIENT_GONE)
-        except BaseException:
-            generation.cancel()
-            raise
-        document = answer.document([answer.choice(p, stream=False) for p in choices], generation.usage(plan.prompts))
-        if body.return_token_ids and isinstance(body, ChatBody):
-            document["prompt_token_ids"] = list(plan.starts[0].token_ids)
-        return json_response(document, headers)
+        headers = {"X-Request-Id": client_id or generation.id}
+        return await deliver(request, body, answer, generation, plan.prompts, headers)
 
     async def _submit(
         self, prefix: str, client_id: str | None, body: CompletionBody | ChatBody
@@ -163,36 +144,3 @@ class OpenAI:
 
     def _echo(self, body: CompletionBody, ids: Any) -> str:
         return body.prompt if isinstance(body.prompt, str) and body.prompt else self._served.decode(ids)
-
-    async def _events(
-        self,
-        first: Piece,
-        pieces: AsyncGenerator[Piece, None],
-        answer: Answer,
-        generation: Generation,
-        plan: Plan,
-        body: CompletionBody | ChatBody,
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        usage: dict[str, Any] = {"usage": None} if body.include_usage else {}
-        try:
-            async for piece in _chain(first, pieces):
-                if answer.is_worth_sending(piece):
-                    yield answer.chunk([answer.choice(piece, stream=True)], **usage)
-            if body.include_usage:
-                yield answer.chunk([], usage=generation.usage(plan.prompts))
-        finally:
-            await pieces.aclose()
-
-
-async def _chain(first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
-    yield first
-    async for piece in pieces:
-        yield piece
-
-
-async def _collect(first: Piece, pieces: AsyncIterator[Piece], count: int) -> list[Piece]:
-    """Whole choices, in order."""
-    choices = [Piece(index) for index in range(count)]
-    async for piece in _chain(first, pieces):
-        choices[piece.index].add(piece)
-    return choices

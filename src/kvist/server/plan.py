@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kvist.errors import NotFound
 from kvist.server.errors import BadRequest
 from kvist.server.generation import SEEDS, Start, derived_seed, fresh_seed
+from kvist.server.prompts import prompt_field, prompts_of
 from kvist.server.schema import ChatBody, CompletionBody, GenerationBody
 from kvist.server.sessions import Session, Sessions
 from kvist.server.tokenizer import Tokenizer
@@ -78,9 +79,9 @@ def make_plan(served: Served, body: CompletionBody | ChatBody) -> Plan:
         raise NotFound(f"this server has no model {body.model!r:.200}, it has {served.name!r}")
     transfer = body.kv_transfer_params
     session = served.sessions.session(transfer.snapshot, transfer.sequence) if transfer is not None else None
-    prompts = _chat_prompts(served, body) if isinstance(body, ChatBody) else _prompts(served, body)
+    prompts = prompts_of(served.tokenizer, body)
     if session is None and not all(prompts):
-        raise BadRequest(f"{_field(body)}: expected at least one token, got none", param=_field(body))
+        raise BadRequest(f"{prompt_field(body)}: expected at least one token, got none", param=prompt_field(body))
     n = body.n or 1
     if n * len(prompts) > _CHOICES_MAX:
         raise BadRequest(f"n: expected at most {_CHOICES_MAX} choices in all, got {n * len(prompts)}", param="n")
@@ -90,59 +91,13 @@ def make_plan(served: Served, body: CompletionBody | ChatBody) -> Plan:
     return Plan(starts, len(prompts), session)
 
 
-# -- prompts -----------------------------------------------------------------------------------------------------
-
-
-def _field(body: GenerationBody) -> str:
-    return "messages" if isinstance(body, ChatBody) else "prompt"
-
-
-def _chat_prompts(served: Served, body: ChatBody) -> list[list[int]]:
-    if body.messages is None:
-        return [[]]
-    if served.tokenizer is None:
-        raise BadRequest("this model has no tokenizer; send token ids to /v1/completions", param="messages")
-    messages = []
-    for message in body.messages:
-        entry = {"role": message.role, "content": message.text}
-        messages.append(entry | {"name": message.name} if message.name is not None else entry)
-    return [served.tokenizer.chat(messages)]
-
-
-def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
-    prompt = body.prompt
-    if prompt is None or prompt == [] or (prompt == "" and body.kv_transfer_params is not None):
-        return [[]]
-    if isinstance(prompt, str):
-        return [_encode(served, body, prompt)]
-    ids = [item for item in prompt if isinstance(item, int)]
-    if len(ids) == len(prompt):
-        return [ids]
-    texts = [item for item in prompt if isinstance(item, str)]
-    if len(texts) == len(prompt):
-        return [_encode(served, body, text) for text in texts]
-    lists = [item for item in prompt if isinstance(item, list)]
-    if len(lists) == len(prompt):
-        return lists
-    raise BadRequest("prompt: expected texts, token ids or lists of token ids, got a mixture", param="prompt")
-
-
-def _encode(served: Served, body: CompletionBody, text: str) -> list[int]:
-    if served.tokenizer is None:
-        raise BadRequest("this model has no tokenizer; send token ids", param="prompt")
-    return served.tokenizer.encode(text, special=body.add_special_tokens is not False)
-
-
-# -- parameters --------------------------------------------------------------------------------------------------
-
-
 def _start(served: Served, body: GenerationBody, ids: list[int], session: Session | None, number: int) -> Start:
     if session is None:
         params = _params(served, body, len(ids), temperature=1.0)
         seed = fresh_seed() if body.seed is None else (body.seed + number) % SEEDS
         return Start(ids, replace(params, seed=seed))
     known = session.sequence.token_ids
-    whole = _continued(known, ids, session, _field(body))
+    whole = _continued(known, ids, session, prompt_field(body))
     carried = _sampling(session)
     wanted = _given(body)
     if body.seed is not None:

@@ -211,6 +211,15 @@ async def read_body(request: Request, body: type[_Body], limit: int) -> _Body:
         BodyTooLarge: over ``limit`` bytes.
         BadRequest: not JSON, or not such a body; names the field.
     """
+    return decode(await read_bytes(request, limit), body)
+
+
+async def read_bytes(request: Request, limit: int) -> bytes:
+    """Read a request's body.
+
+    Raises:
+        BodyTooLarge: over ``limit`` bytes.
+    """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise BodyTooLarge(f"expected a body of at most {limit} bytes, got {announced}")
@@ -219,21 +228,40 @@ async def read_body(request: Request, body: type[_Body], limit: int) -> _Body:
         data += chunk
         if len(data) > limit:
             raise BodyTooLarge(f"expected a body of at most {limit} bytes, got more")
-    return decode(bytes(data), body)
+    return bytes(data)
 
 
 def decode(data: bytes, body: type[_Body]) -> _Body:
     """Decode a body; see `read_body`."""
+    document = parse_object(data)
+    if issubclass(body, GenerationBody):
+        document = _without_neutral(document, body.__struct_fields__)
+    if body is ChatBody and isinstance(document.get("messages"), list):
+        document["messages"] = [_plain_message(place, entry) for place, entry in enumerate(document["messages"])]
+    return convert(document, body)
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in a body; an empty body is an empty one.
+
+    Raises:
+        BadRequest: it is none.
+    """
     try:
         document = msgspec.json.decode(data or b"{}")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise BadRequest(f"the body must be a JSON object, got {type(document).__name__}")
-    if issubclass(body, GenerationBody):
-        document = _without_neutral(document, body.__struct_fields__)
-    if body is ChatBody and isinstance(document.get("messages"), list):
-        document["messages"] = [_plain_message(place, entry) for place, entry in enumerate(document["messages"])]
+    return document
+
+
+def convert(document: dict[str, Any], body: type[_Body]) -> _Body:
+    """The body that a JSON object is.
+
+    Raises:
+        BadRequest: it is not such a body; names the field.
+    """
     try:
         return msgspec.convert(document, body)
     except msgspec.ValidationError as error:

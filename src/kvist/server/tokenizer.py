@@ -77,7 +77,7 @@ class Tokenizer:
         if token in self._added:
             return str(content).encode()
         if self._is_byte_level:
-            table = _bytes_of_letters()
+            table = bytes_of_letters()
             return b"".join(bytes([table[letter]]) if letter in table else letter.encode() for letter in content)
         byte = _BYTE_TOKEN.fullmatch(content)
         return bytes([int(byte[1], 16)]) if byte else content.replace("\u2581", " ").encode()
@@ -122,6 +122,16 @@ class Tokenizer:
         except TemplateError as error:
             raise InvalidInput(f"the model's chat template cannot be read: {error}") from error
 
+    def special_id(self, name: str) -> int | None:
+        """Id of the special token that the configuration calls so (``eos_token``), if there is one."""
+        found: int | None = self._backend.token_to_id(self._special(name))
+        return found
+
+    @property
+    def ids(self) -> range:
+        """All ids that may stand for something."""
+        return range(self._backend.get_vocab_size(with_added_tokens=True))
+
     def _special(self, name: str) -> str:
         token = self._config.get(name) or ""
         return str(token.get("content", "")) if isinstance(token, dict) else str(token)
@@ -147,7 +157,7 @@ def _raise(message: str) -> NoReturn:
 
 
 @lru_cache(maxsize=1)
-def _bytes_of_letters() -> dict[str, int]:
+def bytes_of_letters() -> dict[str, int]:
     """GPT-2's letters for bytes, reversed: printable Latin-1 stands for itself, the rest for U+0100 and on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]

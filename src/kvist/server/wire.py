@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kvist.server.errors import envelope, error_response
+from kvist.server.errors import Envelope, envelope, error_response
 
 _T = TypeVar("_T")
 _DONE: Final = b"data: [DONE]\n\n"
@@ -25,8 +25,8 @@ CLIENT_GONE: Final = 499
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def guarded(endpoint: Endpoint) -> Endpoint:
-    """``endpoint``, with whatever it raises as an answer."""
+def guarded(endpoint: Endpoint, form: Envelope = envelope) -> Endpoint:
+    """``endpoint``, with whatever it raises as an answer of this form."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -34,7 +34,7 @@ def guarded(endpoint: Endpoint) -> Endpoint:
         except ClientDisconnect:  # while its body was read; nobody sees the answer
             return Response(status_code=CLIENT_GONE)
         except Exception as error:
-            return error_response(error)
+            return error_response(error, form)
 
     return answer
 
@@ -85,11 +85,15 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[dict[str, Any], None], headers: dict[str, str], close: Callable[[], None]
+        self,
+        events: AsyncGenerator[dict[str, Any], None],
+        headers: dict[str, str],
+        close: Callable[[], None],
+        form: Envelope = envelope,
     ) -> None:
         super().__init__(None, 200, headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._close = events, close
+        self._events, self._close, self._form = events, close, form
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
@@ -118,7 +122,7 @@ class EventStream(Response):
                 await event(b"data: " + msgspec.json.encode(document) + b"\n\n")
         except Exception as error:
             error_response(error)  # for its log
-            await event(b"data: " + msgspec.json.encode(envelope(error)) + b"\n\n")
+            await event(b"data: " + msgspec.json.encode(self._form(error)) + b"\n\n")
         await event(_DONE, more=False)
 
 

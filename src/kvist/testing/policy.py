@@ -202,6 +202,29 @@ class PolicyTests(ABC):
         assert list(policy) == list(same)
 
     @settings(deadline=None, suppress_health_check=[HealthCheck.differing_executors])  # one for each subclass
+    @given(chains=st.lists(_chain, max_size=20), capacity=st.integers(1, 8))
+    def test_a_request_is_served_as_by_single_calls(self, chains: list[list[int]], capacity: int) -> None:
+        """The same keys are there, the same go, and in the same order; a faster body has to prove it here."""
+        policy, same = self.make_policy(), self.make_policy()
+        for chain in chains:
+            assert policy.serve(chain, capacity) == Policy.serve(same, chain, capacity)
+            assert list(policy) == list(same)
+            assert len(policy) == len(same) <= capacity
+
+    def test_a_request_is_served_only_alone(self) -> None:
+        """Refused before anything changes: with a key pinned, with a key twice, without a pool."""
+        policy = self.filled([1, 2])
+        before = list(policy)
+        for keys, capacity, error in (([3, 3], 8, Conflict), ([3], 0, InvalidInput)):
+            with pytest.raises(error):
+                policy.serve(keys, capacity)
+        assert list(policy) == before
+        policy.pin([1])
+        with pytest.raises(Conflict):
+            policy.serve([3], 8)
+        assert list(policy) == [2]
+
+    @settings(deadline=None, suppress_health_check=[HealthCheck.differing_executors])  # one for each subclass
     @given(calls=_calls)
     def test_any_calls_keep_it_whole(self, calls: list[tuple[Any, ...]]) -> None:
         """Its keys are those of a plain model; what raises changes nothing; a second policy does the same."""

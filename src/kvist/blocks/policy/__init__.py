@@ -1,6 +1,6 @@
 """Policies: in which order the blocks of a pool are evicted. One file each.
 
-`base` is the contract, `checked` what all have in common, `ranked` what those have that rank each key by itself.
+`base` is the contract, `checked` what all have in common.
 """
 
 from __future__ import annotations

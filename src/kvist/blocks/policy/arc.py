@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence, Set
 
@@ -45,7 +46,7 @@ class Arc(Checked[K]):
     def expect(self, keys: Sequence[K]) -> None:
         """See `Policy.expect`."""
         self._tie_to_once = False
-        self._learn(reversed(keys))
+        self._learn(keys[::-1])
 
     def _insert(self, keys: Sequence[K], pinned: bool) -> None:
         self._learn(keys)
@@ -57,13 +58,22 @@ class Arc(Checked[K]):
         if not pinned:
             self._unpin(keys)
         held = len(self._held)
-        while self._once_ghosts and held - len(self._repeated) + len(self._once_ghosts) > self._capacity:
-            self._returning.discard(self._once_ghosts.popitem(last=False)[0])
-        while self._often_ghosts and held + len(self._once_ghosts) + len(self._often_ghosts) > 2 * self._capacity:
-            self._returning.discard(self._often_ghosts.popitem(last=False)[0])
+        once, often = self._once_ghosts, self._often_ghosts
+        self._drop_ghosts(once, held - len(self._repeated) + len(once) - self._capacity)
+        self._drop_ghosts(often, held + len(once) + len(often) - 2 * self._capacity)
 
-    def _learn(self, keys: Iterable[K]) -> None:
+    def _drop_ghosts(self, ghosts: OrderedDict[K, None], n: int) -> None:
+        """Forget the oldest ``n``, if there are as many."""
+        if n > 0:
+            oldest = list(itertools.islice(ghosts, n))
+            for key in oldest:
+                del ghosts[key]
+            self._returning.difference_update(oldest)
+
+    def _learn(self, keys: Sequence[K]) -> None:
         """Move the target for keys that come back, of which the policy has ghosts; once, until they are inserted."""
+        if self._once_ghosts.keys().isdisjoint(keys) and self._often_ghosts.keys().isdisjoint(keys):
+            return
         once, often = len(self._once_ghosts), len(self._often_ghosts)
         for key in keys:
             if key in self._often_ghosts:
@@ -93,8 +103,12 @@ class Arc(Checked[K]):
             self._often.pop(key, None)
 
     def _unpin(self, keys: Sequence[K]) -> None:
+        repeated, once, often = self._repeated, self._once, self._often
+        if repeated.isdisjoint(keys):
+            once.update(dict.fromkeys(keys))
+            return
         for key in keys:
-            (self._often if key in self._repeated else self._once)[key] = None
+            (often if key in repeated else once)[key] = None
 
     def _remove(self, keys: Iterable[K]) -> None:
         for key in keys:
@@ -103,22 +117,32 @@ class Arc(Checked[K]):
             self._repeated.discard(key)
 
     def _evict(self, n: int, staying: Set[K]) -> list[K]:
-        once = (key for key in self._once if key not in staying)
-        often = (key for key in self._often if key not in staying)
+        once = (key for key in self._once if key not in staying) if staying else iter(self._once)
+        often = (key for key in self._often if key not in staying) if staying else iter(self._often)
         n_once, n_often = len(self._held) - len(self._repeated), len(self._repeated)
+        target, tie, repeated = self._target, self._tie_to_once, self._repeated
         victims: list[K] = []
-        for _ in range(n):
-            too_many = n_once > self._target or (n_once == self._target and self._tie_to_once)
-            from_once = (n_once > 0 and too_many) or n_often == 0
-            key = next(itertools.chain(once, often) if from_once else itertools.chain(often, once))
-            victims.append(key)
-            if key in self._repeated:
-                n_often -= 1
-                self._often_ghosts[key] = None
+        while (short := n - len(victims)) > 0:
+            if n_often == 0 or n_once > target:  # its turn, until n_once is no more than the target
+                turn, times = once, short if n_often == 0 else math.ceil(n_once - target)
+            elif tie and n_once == target > 0:
+                turn, times = once, 1
             else:
-                n_once -= 1
-                self._once_ghosts[key] = None
-        self._remove(victims)
+                turn, times = often, n_often
+            # what is left of a list may all have to stay
+            chosen = list(itertools.islice(turn, min(times, short))) or [next(itertools.chain(once, often))]
+            victims += chosen
+            repeatedly = len(repeated.intersection(chosen))
+            n_often -= repeatedly
+            n_once -= len(chosen) - repeatedly
+        gone_often = repeated.intersection(victims)
+        gone_once = [key for key in victims if key not in gone_often] if gone_often else victims
+        for key in gone_once:
+            del self._once[key]
+        self._once_ghosts.update(dict.fromkeys(gone_once))
+        if gone_often:
+            self._remove(gone_often)
+            self._often_ghosts.update(dict.fromkeys(key for key in victims if key in gone_often))
         return victims
 
     def __iter__(self) -> Iterator[K]:

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Sequence, Set
 from typing import ClassVar, Generic, TypeVar
 
+from kvist.errors import Conflict, InvalidInput
+
 K = TypeVar("K", bound=Hashable)
 
 
@@ -99,6 +101,33 @@ class Policy(ABC, Generic[K]):
             InvalidInput: ``n`` is negative.
         """
 
+    def serve(self, keys: Sequence[K], capacity: int) -> int:
+        """One request that has the pool to itself: `pin` what is there, make room, `insert` the rest, `unpin` all.
+
+        Args:
+            keys: see the class. Of more than the pool holds, the first that it holds count.
+            capacity: how many keys the pool holds, 1 or more.
+
+        Returns:
+            How many leading keys were there.
+
+        Raises:
+            Conflict: a key of the policy is pinned, or one of these is given twice.
+            InvalidInput: ``capacity`` is not positive.
+        """
+        keys = servable(keys, capacity)
+        if sum(1 for _ in self) < len(self):
+            raise Conflict("a request has the pool to itself only when nothing is pinned")
+        there, new = [key for key in keys if key in self], [key for key in keys if key not in self]
+        leading = keys.index(new[0]) if new else len(keys)
+        self.pin(there)
+        if (short := len(self) + len(new) - capacity) > 0:
+            self.expect(new)
+            self.evict(short)
+        self.insert(new, pinned=True)
+        self.unpin(keys)
+        return leading
+
     @abstractmethod
     def __iter__(self) -> Iterator[K]:
         """The keys that are not pinned, in the order in which they would go if nothing else happened. No change."""
@@ -110,3 +139,14 @@ class Policy(ABC, Generic[K]):
     @abstractmethod
     def __contains__(self, key: object) -> bool:
         """Whether the policy holds this key, pinned or not."""
+
+
+def servable(keys: Sequence[K], capacity: int) -> Sequence[K]:
+    """The keys of a request that `Policy.serve` heeds."""
+    if capacity < 1:
+        raise InvalidInput(f"capacity must be 1 or more, not {capacity}")
+    if len(keys) > capacity:
+        keys = keys[:capacity]
+    if len(set(keys)) < len(keys):
+        raise Conflict("a key of a request is given twice")
+    return keys

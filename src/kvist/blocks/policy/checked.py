@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Sequence, Set
 
-from kvist.blocks.policy.base import K, Policy
+from kvist.blocks.policy.base import K, Policy, servable
 from kvist.errors import AlreadyExists, Conflict, InvalidInput, NotFound, PoolExhausted
 
 
@@ -52,14 +52,17 @@ class Checked(Policy[K]):
 
     def insert(self, keys: Sequence[K], *, pinned: bool = False) -> None:
         """See `Policy.insert`."""
-        new = set(keys)
-        if len(new) != len(keys):
-            raise AlreadyExists(f"{len(keys)} keys were inserted of which only {len(new)} differ")
-        if not new.isdisjoint(self._held):
-            raise AlreadyExists(f"key {next(iter(new & self._held))!r:.80} is already there")
-        self._held |= new
+        held = self._held
+        if not held.isdisjoint(keys):
+            raise AlreadyExists(f"key {next(key for key in keys if key in held)!r:.80} is already there")
+        before = len(held)
+        held.update(keys)
+        if len(held) - before != len(keys):
+            differ = len(held) - before
+            held.difference_update(keys)
+            raise AlreadyExists(f"{len(keys)} keys were inserted of which only {differ} differ")
         if pinned:
-            self._pinned |= new
+            self._pinned.update(keys)
         self._insert(keys[::-1], pinned)
 
     def touch(self, keys: Sequence[K]) -> None:
@@ -70,20 +73,29 @@ class Checked(Policy[K]):
 
     def pin(self, keys: Sequence[K]) -> None:
         """See `Policy.pin`."""
-        pinning = set(keys)
-        self._require(pinning)
-        if len(pinning) != len(keys) or not pinning.isdisjoint(self._pinned):
-            raise Conflict("a key to pin is pinned already, or given twice")
-        self._pinned |= pinning
+        pinned = self._pinned
+        if not self._held.issuperset(keys):
+            self._require(set(keys))
+        before = len(pinned)
+        if not pinned.isdisjoint(keys):
+            raise Conflict("a key to pin is pinned already")
+        pinned.update(keys)
+        if len(pinned) - before != len(keys):
+            pinned.difference_update(keys)
+            raise Conflict("a key to pin is given twice")
         self._pin(keys[::-1])
 
     def unpin(self, keys: Sequence[K]) -> None:
         """See `Policy.unpin`."""
-        unpinning = set(keys)
-        if len(unpinning) != len(keys) or not unpinning <= self._pinned:
-            self._require(unpinning)
-            raise Conflict("a key to unpin is not pinned, or given twice")
-        self._pinned -= unpinning
+        pinned = self._pinned
+        if not pinned.issuperset(keys):
+            self._require(set(keys))
+            raise Conflict("a key to unpin is not pinned")
+        before = len(pinned)
+        pinned.difference_update(keys)
+        if before - len(pinned) != len(keys):
+            pinned.update(keys)
+            raise Conflict("a key to unpin is given twice")
         self._unpin(keys[::-1])
 
     def remove(self, keys: Collection[K]) -> None:
@@ -105,6 +117,30 @@ class Checked(Policy[K]):
         victims = self._evict(n, staying)
         self._held.difference_update(victims)
         return victims
+
+    def serve(self, keys: Sequence[K], capacity: int) -> int:
+        """See `Policy.serve`. Checked once, where the single calls check each time."""
+        held, pinned = self._held, self._pinned
+        if pinned:
+            raise Conflict("a request has the pool to itself only when nothing is pinned")
+        keys = servable(keys, capacity)
+        is_there = list(map(held.__contains__, keys))
+        leading = is_there.index(False) if False in is_there else len(keys)
+        there, new = keys[:leading], keys[leading:]
+        if True in is_there[leading:]:
+            there, new = [key for key in keys if key in held], [key for key in keys if key not in held]
+        pinned.update(keys)
+        if there:
+            self._pin(there[::-1])
+        if new:
+            if (short := len(held) + len(new) - capacity) > 0:
+                self.expect(new)
+                held.difference_update(self._evict(short, frozenset()))
+            held.update(new)
+            self._insert(new[::-1], True)
+        pinned.clear()
+        self._unpin(keys[::-1])
+        return leading
 
     def __len__(self) -> int:
         """See `Policy.__len__`."""

@@ -39,7 +39,8 @@ class Lru(Checked[K]):
             self._order.pop(key, None)
 
     def _evict(self, n: int, staying: Set[K]) -> list[K]:
-        victims = list(itertools.islice((key for key in self._order if key not in staying), n))
+        may_go = (key for key in self._order if key not in staying) if staying else self._order
+        victims = list(itertools.islice(may_go, n))
         self._remove(victims)
         return victims
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import TypeVar
 
 from kvist.blocks.policy.checked import Checked
-from kvist.blocks.policy.tinylfu import TinyLfu
+from kvist.blocks.policy.tinylfu import MOST, TinyLfu
 
 HashK = TypeVar("HashK", int, bytes)
 
@@ -34,31 +34,32 @@ class MultiLru(Checked[HashK]):
         super().__init__()
         self._frequency = TinyLfu(capacity)
         self._lists: list[OrderedDict[HashK, None]] = [OrderedDict() for _ in range(len(_THRESHOLDS) + 1)]
+        self._list_for: list[OrderedDict[HashK, None]] = [
+            self._lists[bisect.bisect(_THRESHOLDS, uses)] for uses in range(MOST + 1)
+        ]
         self._list_of: dict[HashK, OrderedDict[HashK, None]] = {}  # of each key that is not pinned
 
     def _insert(self, keys: Sequence[HashK], pinned: bool) -> None:
-        for key in keys:
-            self._frequency.count(key)
+        self._frequency.count(*keys)
         if not pinned:
             self._unpin(keys)
 
     def _touch(self, keys: Sequence[HashK]) -> None:
-        for key in keys:
-            self._frequency.count(key)
+        self._frequency.count(*keys)
         unpinned = [key for key in keys if key in self._list_of]
         self._remove(unpinned)
         self._unpin(unpinned)
 
     def _pin(self, keys: Sequence[HashK]) -> None:
-        for key in keys:
-            self._frequency.count(key)
+        self._frequency.count(*keys)
         self._remove(keys)
 
     def _unpin(self, keys: Sequence[HashK]) -> None:
+        estimate, list_for, list_of = self._frequency.estimate, self._list_for, self._list_of
         for key in keys:
-            chosen = self._lists[bisect.bisect(_THRESHOLDS, self._frequency.estimate(key))]
+            chosen = list_for[estimate(key)]
             chosen[key] = None
-            self._list_of[key] = chosen
+            list_of[key] = chosen
 
     def _remove(self, keys: Iterable[HashK]) -> None:
         for key in keys:
@@ -66,7 +67,7 @@ class MultiLru(Checked[HashK]):
                 del chosen[key]
 
     def _evict(self, n: int, staying: Set[HashK]) -> list[HashK]:
-        victims = list(itertools.islice((key for key in self if key not in staying), n))
+        victims = list(itertools.islice((key for key in self if key not in staying) if staying else self, n))
         self._remove(victims)
         return victims
 

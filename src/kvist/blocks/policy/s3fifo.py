@@ -6,6 +6,7 @@ J. Yang, Y. Zhang, Z. Qiu, Y. Yue, K. V. Rashmi, "FIFO queues are all you need f
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence, Set
 
@@ -43,21 +44,25 @@ class S3Fifo(Checked[K]):
         self._has_evicted = False
 
     def _insert(self, keys: Sequence[K], pinned: bool) -> None:
-        for key in keys:
-            if key in self._ghosts:
-                del self._ghosts[key]
-                self._main[key] = 0
-            elif len(self._small) >= self._small_size and not self._has_evicted:
-                self._main[key] = 0
-            else:
-                self._small[key] = 0
+        if self._has_evicted and self._ghosts.keys().isdisjoint(keys):
+            self._small.update(dict.fromkeys(keys, 0))
+        else:
+            for key in keys:
+                if key in self._ghosts:
+                    del self._ghosts[key]
+                    self._main[key] = 0
+                elif len(self._small) >= self._small_size and not self._has_evicted:
+                    self._main[key] = 0
+                else:
+                    self._small[key] = 0
         # Not before: a key must not be forgotten for those that were evicted to make room for it.
-        while len(self._ghosts) > self._ghost_size:
-            self._ghosts.popitem(last=False)
+        for key in list(itertools.islice(self._ghosts, max(0, len(self._ghosts) - self._ghost_size))):
+            del self._ghosts[key]
 
     def _touch(self, keys: Sequence[K]) -> None:
+        small, main = self._small, self._main
         for key in keys:
-            (self._small if key in self._small else self._main)[key] += 1
+            (small if key in small else main)[key] += 1
 
     def _pin(self, keys: Sequence[K]) -> None:
         self._touch(keys)
@@ -71,37 +76,49 @@ class S3Fifo(Checked[K]):
 
     def _evict(self, n: int, staying: Set[K]) -> list[K]:
         self._has_evicted = self._has_evicted or n > 0
-        return [self._next(staying) for _ in range(n)]
+        victims: list[K] = []
+        while len(victims) < n:
+            if self._small and len(self._main) <= self._main_size:
+                queue, other = self._from_small, self._from_main
+            else:
+                queue, other = self._from_main, self._from_small
+            if not queue(victims, n, staying):
+                other(victims, n, staying)
+        return victims
 
-    def _next(self, staying: Set[K]) -> K:
-        if self._small and len(self._main) <= self._main_size:
-            order = self._from_small, self._from_main
-        else:
-            order = self._from_main, self._from_small
-        while True:  # a queue that has no victim leaves one to the other
-            for queue in order:
-                if (victim := queue(staying)) is not None:
-                    return victim
+    def _from_small(self, victims: list[K], n: int, staying: Set[K]) -> bool:
+        """Add a victim, and others while it is this queue's turn. Whether it had all that it was asked for."""
+        small, main, ghosts, pinned = self._small, self._main, self._ghosts, self._pinned
+        left, room = n - len(victims), self._main_size - len(main)
+        while small:
+            key, uses = small.popitem(last=False)
+            if uses >= _OFTEN or key in pinned or key in staying:
+                main[key] = 0
+                room -= 1
+                continue
+            ghosts[key] = None
+            victims.append(key)
+            left -= 1
+            if not left or room < 0:
+                return True
+        return False
 
-    def _from_small(self, staying: Set[K]) -> K | None:
-        while self._small:
-            key, uses = self._small.popitem(last=False)
-            if uses < _OFTEN and key not in self._pinned and key not in staying:
-                self._ghosts[key] = None
-                return key
-            self._main[key] = 0
-        return None
-
-    def _from_main(self, staying: Set[K]) -> K | None:
+    def _from_main(self, victims: list[K], n: int, staying: Set[K]) -> bool:
+        """See `_from_small`."""
+        small, main, pinned, main_size = self._small, self._main, self._pinned, self._main_size
         stayed = 0  # of the keys that were met, how many must stay, one after the other
-        while stayed < len(self._main):
-            key, uses = self._main.popitem(last=False)
-            stays = key in self._pinned or key in staying
+        while stayed < len(main):
+            key, uses = main.popitem(last=False)
+            stays = key in pinned or key in staying
             if not uses and not stays:
-                return key
-            self._main[key] = max(min(uses, _MOST) - 1, 0)
+                victims.append(key)
+                if len(victims) == n or (small and len(main) <= main_size):
+                    return True
+                stayed = 0
+                continue
+            main[key] = max(min(uses, _MOST) - 1, 0)
             stayed = stayed + 1 if stays else 0
-        return None
+        return False
 
     def __iter__(self) -> Iterator[K]:
         """See `Policy.__iter__`. Costs O(n)."""

@@ -7,6 +7,7 @@ Algorithm for Web Caches", NSDI 2024.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence, Set
 
@@ -46,18 +47,27 @@ class Sieve(Checked[K]):
         for key in keys:
             del (self._ahead if key in self._ahead else self._passed)[key]
             self._used.discard(key)
-        self._turn()
+        if not self._ahead:
+            self._ahead, self._passed = self._passed, self._ahead
 
     def _evict(self, n: int, staying: Set[K]) -> list[K]:
+        used, pinned, ahead, passed = self._used, self._pinned, self._ahead, self._passed
+        nearest = list(itertools.islice(ahead, n))
+        if len(nearest) < len(ahead) and not staying and used.isdisjoint(nearest) and pinned.isdisjoint(nearest):
+            for key in nearest:
+                del ahead[key]
+            return nearest
         victims: list[K] = []
         while len(victims) < n:
-            key, _ = self._ahead.popitem(last=False)
-            if key in self._used or key in self._pinned or key in staying:
-                self._used.discard(key)
-                self._passed[key] = None
+            key, _ = ahead.popitem(last=False)
+            if key in used or key in pinned or key in staying:
+                used.discard(key)
+                passed[key] = None
             else:
                 victims.append(key)
-            self._turn()
+            if not ahead:
+                ahead, passed = passed, ahead
+        self._ahead, self._passed = ahead, passed
         return victims
 
     def __iter__(self) -> Iterator[K]:
@@ -65,8 +75,3 @@ class Sieve(Checked[K]):
         twin = copy.copy(self)
         twin._ahead, twin._passed, twin._used = self._ahead.copy(), self._passed.copy(), self._used.copy()
         return iter(twin._evict(len(self._held) - len(self._pinned), frozenset()))
-
-    def _turn(self) -> None:
-        """Begin the next round at the end of this one."""
-        if not self._ahead:
-            self._ahead, self._passed = self._passed, self._ahead

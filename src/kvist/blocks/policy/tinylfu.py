@@ -11,7 +11,10 @@ from __future__ import annotations
 import xxhash
 
 _COUNTERS = 4  # for each key of the capacity
-_MOST = 15  # that a counter counts
+MOST = 15
+"""What a counter counts at most."""
+_WORD = 1 << 63
+_LOW = (1 << 32) - 1
 _HALF = bytes(count // 2 for count in range(256))
 _ODD = bytes(count % 2 for count in range(256))
 
@@ -20,7 +23,9 @@ def key_bytes(key: int | bytes) -> bytes:
     """What of a key is hashed: bytes as they are; of integers two's complement, little-endian, in 8 bytes or more."""
     if isinstance(key, bytes):
         return key
-    return key.to_bytes(max(8, key.bit_length() // 8 + 1), "little", signed=True)
+    if -_WORD < key < _WORD:
+        return key.to_bytes(8, "little", signed=True)
+    return key.to_bytes(key.bit_length() // 8 + 1, "little", signed=True)
 
 
 class TinyLfu:
@@ -28,36 +33,56 @@ class TinyLfu:
 
     Every count is halved after 10 uses for each key of the capacity. Uses of keys that are at 15 do not count for that.
 
-    O(1) for each count and estimate; halving is O(capacity).
+    O(1) for each count and estimate; halving is O(capacity). It remembers where the counters of some keys are, of as
+    many as the capacity.
 
     Args:
         capacity: how many keys are told apart well, 1 or more.
     """
 
     def __init__(self, capacity: int) -> None:
-        self._counters = bytearray(_COUNTERS * capacity)
+        self._capacity = capacity
+        size = _COUNTERS * capacity
+        self._counters = bytearray(size)
+        self._clashing = frozenset({0, size / 2, size / 3, 2 * size / 3})  # steps that come to a counter again
         self._period = 10 * capacity
         self._counted = 0
+        self._known: dict[int | bytes, tuple[int, ...]] = {}
 
-    def count(self, key: int | bytes) -> None:
-        """Note one use."""
-        counters = self._counters
-        rising = [place for place in self._places(key) if counters[place] < _MOST]
-        if not rising:
-            return
-        for place in rising:
-            counters[place] += 1
-        self._counted += 1
-        if self._counted >= self._period:
-            odd = sum(counters.translate(_ODD))
-            self._counters = counters.translate(_HALF)
-            self._counted = self._counted // 2 - odd // 4
+    def count(self, *keys: int | bytes) -> None:
+        """Note one use of each."""
+        counters, known = self._counters, self._known
+        for key in keys:
+            is_rising = False
+            for place in known.get(key) or self._places(key):
+                if (uses := counters[place]) < MOST:
+                    counters[place] = uses + 1
+                    is_rising = True
+            if is_rising:
+                self._counted += 1
+                if self._counted >= self._period:
+                    odd = sum(counters.translate(_ODD))
+                    counters = self._counters = counters.translate(_HALF)
+                    self._counted = self._counted // 2 - odd // 4
 
     def estimate(self, key: int | bytes) -> int:
         """How often it was used, lately: 0 to 15."""
-        return min(self._counters[place] for place in self._places(key))
+        counters = self._counters
+        least = MOST
+        for place in self._known.get(key) or self._places(key):
+            if (uses := counters[place]) < least:
+                least = uses
+        return least
 
-    def _places(self, key: int | bytes) -> set[int]:
-        step, first = divmod(xxhash.xxh3_64_intdigest(key_bytes(key)), 1 << 32)
+    def _places(self, key: int | bytes) -> tuple[int, ...]:
+        """Where the counters of a key are, each once."""
+        digest = xxhash.xxh3_64_intdigest(key_bytes(key))
         size = len(self._counters)
-        return {first % size, (first + step) % size, (first + 2 * step) % size, (first + 3 * step) % size}
+        first, step = (digest & _LOW) % size, (digest >> 32) % size
+        places: tuple[int, ...] = first, (first + step) % size, (first + 2 * step) % size, (first + 3 * step) % size
+        if step in self._clashing:
+            places = tuple(set(places))
+        if len(self._known) >= self._capacity:
+            self._known.clear()
+        self._known[key] = places
+        return places
