@@ -137,6 +137,12 @@ class Decodes:
         """Slots for blocks that begin."""
         self._tail.extend(slots.tolist())
 
+    def take_back(self, n: int) -> Slots:
+        """So many of the slots that were kept last, whose blocks are not to begin yet."""
+        back = self._tail[len(self._tail) - n :]
+        del self._tail[len(self._tail) - n :]
+        return np.array(back, dtype=np.int32)
+
     def slots_of(self, sequence: Sequence, computed: int) -> Slots:
         """Its slots up to so many computed tokens: its own, and as many as it takes of those that were kept."""
         taken = -(-computed // self._size) - len(sequence.slots)

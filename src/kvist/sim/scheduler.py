@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 
@@ -55,12 +56,14 @@ class Prompts:
 
     Attributes:
         budget: tokens that it may still take.
-        gave_way: whether a sequence was preempted for it, or must wait for slots: then nobody else is admitted.
+        gave_way: whether a sequence was preempted for it: then nobody else is admitted.
+        waits: whether it must wait for slots that are still read: neither.
         is_any: whether tokens are computed that no decoding sequence computes.
     """
 
     budget: int
     gave_way: bool = False
+    waits: bool = False
     is_any: bool = False
     count: int = 0
     lengths: int = 0
@@ -231,17 +234,21 @@ class Scheduler:
     def _begin_pass(self, now: int, needed: int) -> None:
         """A pass with prompts, or one in which slots are short; a jump if it turns out to be neither."""
         decodes, pool = self._decodes, self.pool
-        gave_way = self._take_decode_slots(needed)
-        prompts = Prompts(self.engine.max_num_batched_tokens - len(decodes), gave_way)
+        prompts = Prompts(self.engine.max_num_batched_tokens)
+        self._take_decode_slots(needed, prompts)
+        if prompts.waits:
+            self.wake = self._stalled()
+            return
+        prompts.budget -= len(decodes)
         if self._partial is not None:
             self._continue(self._partial, prompts)
-        if not prompts.gave_way:
+        if not (prompts.gave_way or prompts.waits):
             self._admit(now, prompts)
         if not (decodes or prompts.is_any or prompts.gave_way or self._rejected):
             self.wake = self._stalled()
             return
         passes = 1
-        if decodes and not (prompts.is_any or prompts.gave_way):
+        if decodes and not (prompts.is_any or prompts.gave_way or prompts.waits):
             free = pool.num_sure + decodes.blocks(0, 1)
             passes = decodes.passes_ahead(free, self._longest_jump)
         self._owed = 1
@@ -401,8 +408,9 @@ class Scheduler:
         runs = self._make_room(sequence, wanted)
         fresh = self.pool.acquire(_NONE, wanted) if runs else None
         prompts.budget += decodes - len(self._decodes)
-        prompts.gave_way = prompts.gave_way or fresh is None or decodes > len(self._decodes)
-        if fresh is not None:  # otherwise it gave way itself, or slots are still read
+        prompts.gave_way = prompts.gave_way or not runs or decodes > len(self._decodes)
+        prompts.waits = runs and fresh is None
+        if fresh is not None:
             self._partial = None
             self._promised -= wanted if self.engine.scheduling == "trtllm" else 0
             self._compute(sequence, fresh, tokens, prompts)
@@ -454,16 +462,22 @@ class Scheduler:
 
     # Slots of what decodes, and giving way.
 
-    def _take_decode_slots(self, needed: int) -> bool:
-        """Slots for the next pass; returns whether somebody gave way."""
-        if needed <= self.pool.num_free:
+    def _take_decode_slots(self, needed: int, prompts: Prompts) -> None:
+        """Slots for the next pass, for which sequences may have to give way; all of them, or none if some are read."""
+        decodes, pool = self._decodes, self.pool
+        if needed <= pool.num_free:
             self._take(needed)
-            return False
-        for sequence in list(self._decodes):
-            runs = sequence.request in self._decodes
-            if runs and self._decodes.needs_block(sequence) and self._make_room(sequence, 1):
+            return
+        prompts.gave_way = True
+        for sequence in list(decodes):
+            runs = sequence.request in decodes
+            if runs and decodes.needs_block(sequence) and self._make_room(sequence, 1):
+                if not pool.prepare(1):
+                    earlier = takewhile(lambda each: each is not sequence, decodes)
+                    pool.release(decodes.take_back(sum(map(decodes.needs_block, earlier))))
+                    prompts.waits = True
+                    return
                 self._take(1)
-        return True
 
     def _make_room(self, sequence: Sequence, slots: int) -> bool:
         """Have others give way until so many slots are free; returns whether the sequence itself still runs."""
