@@ -236,6 +236,16 @@ def test_a_command_whose_package_is_not_installed(monkeypatch: pytest.MonkeyPatc
     assert ran.err.endswith("hint: pip install 'kvist[all]'\n")
 
 
+def test_a_page_without_the_package_that_makes_it(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"timestamp": 0, "input_length": 8, "output_length": 2, "hash_ids": [1]}\n')
+    code = "import sys; sys.modules['jinja2'] = None; from kvist.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "sim", "run", "t.jsonl", "--html", "page.html"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "needs the Python package jinja2" in ran.stderr
+    assert ran.stderr.endswith("hint: pip install 'kvist[sim]'\n")
+
+
 def test_the_simulator_without_its_extra() -> None:
     code = "import sys; sys.modules['numpy'] = None; from kvist.cli.main import main; main()"
     for words in (["sim", "describe", "t.jsonl"], ["sim", "generate", "agents", "--out", "t.jsonl"]):

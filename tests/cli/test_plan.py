@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from sim.making import trace_lines
@@ -67,8 +69,43 @@ def test_where_nothing_meets_the_sla_the_closest_is_told(trace: str) -> None:
 def test_a_part_of_the_requests_may_be_rejected(trace: str) -> None:
     words = (trace, "--num-blocks", "25", "--sla-ttft-ms", "1e9", "--router", "round_robin", "--json")
     assert "num_blocks" in planned(*words).error["message"]
-    ran = planned(*words, "--max-rejected", "1")
-    assert (ran.code, ran.json["met"], ran.json["max_rejected"]) == (0, True, 1.0)
+    ran = planned(*words, "--max-rejected", "0.99")
+    assert (ran.code, ran.json["met"], ran.json["max_rejected"]) == (0, True, 0.99)
+
+
+def test_a_plan_serves_somebody(trace: str) -> None:
+    words = (trace, "--max-model-len", "1", "--sla-ttft-ms", "1e9", "--router", "round_robin", "--max-workers", "1")
+    assert "rejected" in planned(*words, "--max-rejected", "1", "--json").error["message"]
+    ran = planned(*words, "--max-rejected", "0.9", "--json")
+    assert (ran.code, ran.json["runs"][0]["against_sla"]) == (3, {"ttft_ms": None})
+    assert "p95 ttft: no request has one" in planned(*words, "--max-rejected", "0.9").out
+
+
+def test_every_rank_is_told_and_paid_for(trace: str) -> None:
+    words = (trace, *LLAMA, "--kv-gb", "40", "--host-gb", "10", "--dp-size", "2", "--router", "round_robin")
+    limits = ("--policy", "lru", "--sla-ttft-ms", "1e9", "--gpu-price", "2", "--host-price", "0.1")
+    answer = planned(*words, *limits, "--json").json["answer"]
+    assert (answer["workers"], answer["gpus"], round(answer["host_gb"], 1)) == (1, 2, 20.0)
+    assert answer["cost_per_hour"] == pytest.approx(2 * 2 + 20 * 0.1, rel=1e-3)
+    assert "2 GPUs (1 worker of 2 ranks, each of" in planned(*words, *limits).out
+
+
+def test_no_price_is_a_price(trace: str) -> None:
+    ran = planned(trace, "--gpu-price", "0", "--sla-ttft-ms", "80", *BUSY, "--max-workers", "8", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["answer"]["below_misses"] is not None
+
+
+def test_the_document_names_what_was_replayed(trace: str, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.npz"
+    axes = {"prefill_isl": [1.0, 2.0], "decode_active_kv_tokens": [1.0, 2.0], "decode_context_length": [1.0, 2.0]}
+    times = {"prefill_ttft_ms": [1.0, 2.0], "decode_itl": [[3.0, 4.0], [5.0, 6.0]]}
+    arrays: dict[str, Any] = {name: np.array(values) for name, values in (axes | times).items()}
+    np.savez(profile, **arrays)
+    words = (trace, "--limit", "40", "--trace-block-size", "512", "--timing", str(profile), "--router", "kv")
+    told = planned(*words, "--sla-ttft-ms", "1e9", "--json").json
+    assert told["trace_file"] == {"path": trace, "block_size": 512, "limit": 40, "requests": 40}
+    assert told["timing"] == {"kind": "table"} | axes | times
 
 
 def test_a_model_tells_what_a_token_takes(trace: str, tmp_path: Path) -> None:
@@ -86,11 +123,20 @@ def test_a_model_tells_what_a_token_takes(trace: str, tmp_path: Path) -> None:
         (["--sla-ttft-ms", "1", "--kv-gb", "1"], "kv_gb"),
         (["--sla-ttft-ms", "1", "--host-gb", "0,1"], "host_gb"),
         (["--sla-ttft-ms", "1", "--host-gb", "-1", *LLAMA], "host_gb"),
+        (["--sla-ttft-ms", "1", "--host-gb", "0,nan", *LLAMA], "host_gb"),
+        (["--sla-ttft-ms", "1", "--host-gb", "0.00000001", *LLAMA], "host_gb"),
+        (["--sla-ttft-ms", "1", "--disk-gb", "inf", *LLAMA], "disk_gb"),
+        (["--sla-ttft-ms", "1", "--kv-gb", "0"], "kv_gb"),
+        (["--sla-ttft-ms", "1", "--kv-gb", "0", *LLAMA], "kv_gb"),
+        (["--sla-ttft-ms", "1", "--kv-gb", "nan", *LLAMA], "kv_gb"),
+        (["--sla-ttft-ms", "1", "--kv-gb", "inf", *LLAMA], "kv_gb"),
+        (["--sla-ttft-ms", "1", "--max-rejected", "nan"], "rejected"),
         (["--sla-ttft-ms", "1", "--layers", "2"], "head_size, kv_heads"),
         (["--sla-ttft-ms", "1", "--layers", "2", "--model", "x"], "model"),
         (["--sla-ttft-ms", "1", "--kv-gb", "0.001", *LLAMA], "num_blocks"),
         (["--sla-ttft-ms", "1", "--gpus-per-worker", "0"], "gpus"),
         (["--sla-ttft-ms", "1", "--max-workers", "0"], "max_workers"),
+        (["--sla-ttft-ms", "1", "--max-workers", "999999999"], "max_workers"),
         (["--sla-ttft-ms", "1", "--gpu-price", "-1"], "gpu_hour"),
         (["--sla-ttft-ms", "1", "--percentile", "p42"], "--percentile"),
     ],

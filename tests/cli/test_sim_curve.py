@@ -59,12 +59,23 @@ def test_processes_give_the_same_table(trace: str) -> None:
     assert drawn(*words, "--jobs", "2").out == drawn(*words).out
 
 
+def test_the_trace_is_not_written_over(trace: str) -> None:
+    before = Path(trace).read_bytes()
+    assert "png must be a file of its own, not the file that is read" in drawn(trace, "--png", trace).err
+    assert "html must be a file of its own, not that of png" in drawn(trace, "--png", "x", "--html", "./x").err
+    assert Path(trace).read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--policy", "mru"], "'mru' is not one of"),
         (["--capacity", "0"], "0 is not in the range"),
         (["--block-size", "0"], "0 is not in the range"),
+        (["--capacity", "9" * 20], "is not in the range"),
+        (["--points", "100000"], "is not in the range"),
+        (["--block-size", "9" * 20], "is not in the range"),
+        (["--jobs", "99999999"], "is not in the range"),
         (["--html", "/nowhere/curve.html"], "there is no directory"),
     ],
 )

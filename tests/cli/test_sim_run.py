@@ -48,7 +48,7 @@ def test_json_has_settings_and_summary(trace: str) -> None:
 
 
 def test_a_fitted_model_is_read_from_its_file(trace: str, tmp_path: Path) -> None:
-    fitted = {"format": "kvist-timing-v1", "prefill": [5, 0.01, 0], "decode": [4, 0.1, 0.0001], "mixed_ms": 0}
+    fitted = {"format": "kvist-timing-v1", "prefill": [0, 0.01, 5], "decode": [4, 0.1, 0.0001], "mixed_ms": 0}
     file = tmp_path / "model.json"
     file.write_text(json.dumps(fitted))
     ran = simulated(trace, "--timing", str(file), "--json")
@@ -104,9 +104,32 @@ def test_files_are_written(trace: str, tmp_path: Path) -> None:
         (["--sla-ttft-ms", "0"], "ttft_ms"),
         (["--concurrency", "0"], "concurrency"),
         (["--arrival-speedup", "nan"], "arrival_speedup"),
-        (["--trace-block-size", "0"], "block_size"),
+        (["--trace-block-size", "0"], "--trace-block-size"),
         (["--limit", "0"], "--limit"),
         (["--html", "/nowhere/at/all.html"], "--html"),
+        (["--timing", "fixed:-50,1"], "prefill_each_ms"),
+        (["--timing", "fixed:1,nan"], "decode_each_ms"),
+        (["--timing", "fixed:1e308,1"], "prefill_each_ms"),
+        (["--speedup", "1e-308"], "speedup"),
+        (["--speedup", "1e-6", "--timing", "fixed:1e4,1"], "timing: a pass must take at most"),
+        (["--arrival-speedup", "1e-308"], "arrival_speedup"),
+        (["--startup-ms", "1e308"], "startup_ms"),
+        (["--event-lag-ms", "1e308", "--router", "kv"], "event_lag_ms"),
+        (["--num-blocks", "99999999999999999999"], "num_blocks"),
+        (["--block-size", "99999999999999999999"], "block_size"),
+        (["--workers", "99999999999"], "workers"),
+        (["--dp-size", "99999999"], "dp_size"),
+        (["--workers", "4096", "--dp-size", "4096"], "workers"),
+        (["--kv-bytes-per-token", "9" * 26], "kv_bytes_per_token"),
+        (["--host-blocks", "9", "--host-gbps", "1e-300", "--kv-bytes-per-token", "10"], "host_gbps"),
+        (["--host-blocks", "9", "--host-gbps", "nan", "--kv-bytes-per-token", "10"], "host_gbps"),
+        (["--prefill-workers", "2", "--transfer-gbps", "1e-300", "--kv-bytes-per-token", "10"], "transfer_gbps"),
+        (["--trace-block-size", "9" * 23], "--trace-block-size"),
+        (["--seed", "-1"], "seed"),
+        (["--scheduling", "sglang", "--policy", "lfu"], "policy is not simulated"),
+        (["--scheduling", "sglang", "--preemption", "fifo"], "preemption is not simulated"),
+        (["--scheduling", "sglang", "--host-blocks", "9", "--kv-bytes-per-token", "10"], "tiers is not simulated"),
+        (["--sla-ttft-ms", "nan"], "ttft_ms"),
     ],
 )
 def test_what_can_not_be_is_refused_by_name(trace: str, tmp_path: Path, words: list[str], named: str) -> None:
@@ -114,6 +137,17 @@ def test_what_can_not_be_is_refused_by_name(trace: str, tmp_path: Path, words: l
     ran = simulated(trace, *words, "--per-request", str(out), "--json")
     assert (ran.code, ran.out, out.exists()) == (2, "", False)
     assert named in ran.error["message"]
+
+
+def test_a_file_is_not_written_over_the_trace_or_another(trace: str, tmp_path: Path) -> None:
+    before, link, page = Path(trace).read_bytes(), tmp_path / "link.jsonl", str(tmp_path / "page")
+    link.symlink_to(trace)
+    for words in (["--per-request", trace], ["--html", str(link)], ["--html", page, "--chrome-trace", page]):
+        ran = simulated(trace, *words, "--json")
+        assert (ran.code, ran.out, Path(page).exists()) == (2, "", False)
+        assert f"{words[-2][2:].replace('-', '_')} must be a file of its own" in ran.error["message"] or page in words
+        assert Path(trace).read_bytes() == before
+    assert simulated(trace, "--per-request", "/dev/null", "--chrome-trace", "/dev/null").code == 0
 
 
 def test_what_never_fits_is_rejected_where_that_is_asked_for(trace: str) -> None:

@@ -43,6 +43,12 @@ def test_people_see_what_differs(trace: str) -> None:
     assert swept(trace, "--num-blocks", "64,4096", "--quiet").lines[1].split()[3] == "num_blocks=4096"
 
 
+def test_the_trace_is_not_written_over(trace: str) -> None:
+    before = Path(trace).read_bytes()
+    assert "csv must be a file of its own" in swept(trace, "--csv", trace, "--json").error["message"]
+    assert Path(trace).read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -52,6 +58,8 @@ def test_people_see_what_differs(trace: str) -> None:
         (["--policy", "lru,magic"], "--policy"),
         (["--num-blocks", ""], "--num-blocks"),
         (["--jobs", "0"], "--jobs"),
+        (["--jobs", "99999999"], "--jobs"),
+        (["--scheduling", "sglang", "--policy", "vllm,lfu"], "policy is not simulated"),
     ],
 )
 def test_what_can_not_be_is_refused_by_name(trace: str, words: list[str], named: str) -> None:

@@ -107,4 +107,8 @@ def test_generate_what_cannot_be(tmp_path: Path) -> None:
         ran = kvist("sim", "generate", *words.split(), "--out", path, "--json")
         assert (ran.code, ran.error["kind"]) == (2, "invalid_input")
     assert not path.exists()
-    assert kvist("sim", "generate", "sessions", "--out", tmp_path / "no" / "t.jsonl").code == 30
+    assert kvist("sim", "generate", "sessions", "--out", tmp_path / "no" / "t.jsonl").code == 2
+    for name in ("--rate", "--sigma", "--delay-ms"):
+        assert kvist("sim", "generate", "sessions", "--out", path, name, "nan").code == 2
+    huge = "--trace-block-size 1 --document-tokens 2147483647 --requests 9 --documents 1"
+    assert "blocks" in kvist("sim", "generate", "documents", *huge.split(), "--out", path, "--json").error["message"]

@@ -1,4 +1,4 @@
-"""The commands and the code of docs/guides/simulate.md and plan.md run, in the order in which a reader meets them."""
+"""The commands and the code of these guides run, in the order in which a reader meets them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
-SUBJECTS = {"simulate": 6, "plan": 3}
+SUBJECTS = {"simulate": 7, "plan": 3, "curves": 1}
 
 
 def blocks(guide: str, language: str) -> list[str]:

@@ -47,7 +47,7 @@ class SlowEngine:
         self.idle: list[Slot] = []  # least recently used first
         self.copies: dict[int, list[Slot]] = {}
         self.gaps: Counter[int] = Counter()
-        self.passes = self.evicted = self.prefilled = 0
+        self.passes = self.evicted = 0
 
     def serve(self, requests: list[Request]) -> int:
         """Returns when the last pass ends."""
@@ -109,7 +109,8 @@ class SlowEngine:
             time += int(self.clock.decode_ns(len(decodes), sum(each.known for each in decodes), 1)[0])
             time += self.clock.mixed_ns if prompts else 0
         end = now + time
-        for request in ready:
+        # Who asked for no answer gives its slots back first.
+        for request in sorted(ready, key=lambda each: each.known < self.total(each)):
             if request.known < self.total(request):
                 if request.tokens:
                     self.gaps[end - request.tokens[-1]] += 1
@@ -151,7 +152,6 @@ class SlowEngine:
             request.admitted, request.first_reused = now, cached
         request.admissions += 1
         request.reused = max(request.reused, cached)
-        self.prefilled += tokens
         self.compute(request, tokens)
         return request.computed == request.known
 

@@ -206,6 +206,8 @@ def test_what_else_was_under_way_counts() -> None:
     ("line", "said"),
     [
         ('{"arrival_time_ms": ', "some.jsonl, line 2: expected one JSON object"),
+        ('{"arrival_time_ms":' + "[" * 200_000, "some.jsonl, line 2: expected one JSON object, got '{"),
+        (row(input_length=10**400), "some.jsonl, line 2: input_length: expected a number, got 1000"),
         ("[1]", "some.jsonl, line 2: expected one JSON object, got '[1]'"),
         (row(input_length="9"), "some.jsonl, line 2: input_length: expected a number, got '9'"),
         (row(input_length=True), "some.jsonl, line 2: input_length: expected a number, got True"),
@@ -267,5 +269,9 @@ def test_the_command(log: Path, tmp_path: Path) -> None:
     found = json.loads(runner.invoke(main, ["sim", "fit", str(log), "--json"]).stdout)
     assert found["format"] == "kvist-timing-v1" and found["fit"]["rows"] > 300 and found["file"] is None
     assert runner.invoke(main, ["sim", "fit", str(log), "-o", target, "--quiet"]).stdout == target + "\n"
+    before = log.read_bytes()
+    for output in (log, tmp_path / "no" / "model.json"):
+        assert runner.invoke(main, ["sim", "fit", str(log), "-o", str(output)]).exit_code == 2
+    assert log.read_bytes() == before
     refused = runner.invoke(main, ["sim", "fit", target, "--json"])
     assert refused.exit_code != 0 and "line 1" in json.loads(refused.stderr)["error"]["message"]

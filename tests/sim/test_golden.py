@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def test_real_trace(name: str) -> None:
     trace = read_trace(TRACES / f"{case['trace']}.jsonl", block_size=512)
     records = replay(
         trace,
-        replace(engine_of(case), reject_oversized=True),
+        engine_of(case),
         ClusterConfig(workers=case["workers"], concurrency=concurrency),
     )
     ours = figures(records)

@@ -104,7 +104,6 @@ def test_a_load_waits_for_its_slots_and_holds_what_it_reads() -> None:
     assert host.deadline() == now + MS
     assert host.ready() == []
     assert host.lookup(8, [1], 0)[0] is Lookup.LATER
-    host.store(9, [5], computed(pool, []), 0)
     host.advance(now + MS)
     assert host.loads[7].has_come
     assert host.ready() == [7]

@@ -1,4 +1,4 @@
-"""Replays under kvist's policies, with and without kvist's tiers below the pool: all requests end, and nothing is left held."""
+"""Replays under kvist's policies, with and without kvist's tiers: all requests end, and nothing is left held."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ from .test_scheduler import Rows, clock_of, columns, contents_of, workloads
 
 BYTES = 1_000_000  # of a token: a block of four takes 4 ms at 1 GB/s
 SMALL = EngineConfig(
-    num_blocks=24, block_size=4, max_num_seqs=4, max_num_batched_tokens=16, timing=Fixed(5.0, 2.0), kv_bytes_per_token=BYTES
+    num_blocks=24,
+    block_size=4,
+    max_num_seqs=4,
+    max_num_batched_tokens=16,
+    timing=Fixed(5.0, 2.0),
+    kv_bytes_per_token=BYTES,
 )
 
 
@@ -56,6 +61,8 @@ def test_every_request_ends_and_nothing_stays_held(
     worker = Scheduler(engine, requests, pool, clock_of(engine), below=below)
     run(requests, [worker], RoundRobin(1), Arrivals([row[0] for row in rows], [-1] * len(rows), [0] * len(rows), None))
     assert requests.generated == [output for _, _, output, _, _ in rows]
+    spans = [last - first for first, last in zip(requests.first_token, requests.last_token, strict=True)]
+    assert sum(int(times.sum()) * batch for times, batch in worker.gaps) == sum(spans)
     if below is not None:
         while (due := below.deadline()) is not None:
             below.advance(due)

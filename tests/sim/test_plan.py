@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.errors import InvalidInput
+from kvist.errors import InvalidInput, KvistError
 from kvist.sim.config import ClusterConfig, EngineConfig
 from kvist.sim.plan import Prices, Target, memory_gb, plan
 from kvist.sim.report import Sla
@@ -21,6 +21,7 @@ from kvist.tiers.config import TierConfig, TiersConfig
 
 TARGET = Target(sla=Sla(ttft_ms=100))
 GB = 10**9
+SERVED = {"num_requests": 10, "rejected_requests": 0, "num_ttft_samples": 10, "num_tpot_samples": 10}
 
 
 def worker(host_gb: int = 0, policy: str = "lru", router: Any = "kv") -> Setup:
@@ -42,9 +43,25 @@ class Fake:
             engine, router, workers = setup.engine, setup.cluster.router, setup.cluster.workers
             (one,) = (kind for kind in self.work if (kind.engine, kind.cluster.router) == (engine, router))
             self.asked.append((one, workers))
-            figures = {"num_requests": 10, "rejected_requests": 0, "p95_ttft_ms": self.work[one] / workers}
-            rows.append(Row(setup, figures))
+            rows.append(Row(setup, SERVED | {"p95_ttft_ms": self.time(one, workers)}))
         return rows
+
+    def time(self, one: Setup, workers: int) -> float:
+        return self.work[one] / workers
+
+
+class Uneven(Fake):
+    """One kind meets the SLA with two workers, and from five on; all others from five on."""
+
+    def time(self, one: Setup, workers: int) -> float:
+        return 50.0 if workers >= 5 or (workers == 2 and one.cluster.router == "kv") else 200.0
+
+
+class Unsteady(Fake):
+    """No replay is as the one before."""
+
+    def time(self, one: Setup, workers: int) -> float:
+        return super().time(one, workers) * (1 + 1e-6 * len(self.asked))
 
 
 def test_the_least_size_is_found_and_confirmed() -> None:
@@ -116,11 +133,20 @@ def test_the_answer_is_that_of_trying_everything(work: list[float], hosts: list[
 
 
 def test_percentiles_and_rejections_decide() -> None:
-    figures = {"num_requests": 100, "rejected_requests": 0, "p99_ttft_ms": 50.0, "p99_tpot_ms": 30.0}
+    figures = SERVED | {"num_requests": 100, "p99_ttft_ms": 50.0, "p99_tpot_ms": 30.0}
     target = Target(sla=Sla(ttft_ms=100, itl_ms=20), percentile="p99", rejected=0.01)
     assert target.excess(figures) == 1.5
     assert target.excess(figures | {"rejected_requests": 1}) == 1.5
     assert target.excess(figures | {"rejected_requests": 2}) == math.inf
+
+
+def test_a_limit_that_no_request_is_held_against_is_missed() -> None:
+    figures = SERVED | {"p95_ttft_ms": 0.0, "p95_tpot_ms": 0.0}
+    for name, limit in (("ttft", {"ttft_ms": 100.0}), ("tpot", {"itl_ms": 100.0})):
+        target = Target(sla=Sla(**limit))
+        assert target.excess(figures) == 0
+        assert target.excess(figures | {f"num_{name}_samples": 0}) == math.inf
+        assert [*target.figures(figures | {f"num_{name}_samples": 0}).values()] == [None]
 
 
 def test_what_can_not_be_planned_is_refused_by_name() -> None:
@@ -129,10 +155,13 @@ def test_what_can_not_be_planned_is_refused_by_name() -> None:
         lambda: Target(sla=Sla()),
         lambda: Target(sla=Sla(ttft_ms=1), percentile="p42"),
         lambda: Target(sla=Sla(ttft_ms=1), rejected=-1),
+        lambda: Target(sla=Sla(ttft_ms=1), rejected=1),
+        lambda: Target(sla=Sla(ttft_ms=1), rejected=math.nan),
         lambda: Prices(gpu_hour=-1),
         lambda: Prices(gpus=0),
         lambda: plan([], TARGET, Prices(), fake),
         lambda: plan(list(fake.work), TARGET, Prices(), fake, max_workers=0),
+        lambda: plan(list(fake.work), TARGET, Prices(), fake, max_workers=10**9),
     ):
         with pytest.raises(InvalidInput, match=r"sla|percentile|rejected|gpu_hour|gpus|candidate|max_workers"):
             wrong()
@@ -141,6 +170,34 @@ def test_what_can_not_be_planned_is_refused_by_name() -> None:
 def test_prefill_workers_are_paid_for() -> None:
     setup = Setup(cluster=ClusterConfig(workers=3, prefill_workers=2))
     assert Prices(gpu_hour=2.0, gpus=4).of(setup) == 40.0
+
+
+def test_every_rank_is_paid_for() -> None:
+    setup = Setup(engine=worker(host_gb=100).engine, cluster=ClusterConfig(workers=3, dp_size=2))
+    assert memory_gb(setup) == (100.0, 0.0)
+    assert Prices(gpu_hour=2.0, gpus=4, host_gb_hour=0.01).of(setup) == 6 * (8.0 + 1.0)
+
+
+def test_where_nothing_costs_anything_the_fewest_workers_are_taken() -> None:
+    fake = Fake({worker(): 1250.0, worker(policy="lfu"): 900.0, worker(policy="fifo"): 1300.0})
+    found = plan(list(fake.work), TARGET, Prices(gpu_hour=0.0), fake)
+    assert found.answer is not None
+    assert found.below is not None
+    assert (found.answer.workers, found.answer.setup.engine.policy, found.below.workers) == (9, "lfu", 8)
+
+
+def test_where_more_workers_can_be_worse_the_answer_and_the_miss_below_it_stay_true() -> None:
+    fake = Uneven(dict.fromkeys([worker(router="round_robin"), worker()], 0.0))
+    found = plan(list(fake.work), TARGET, Prices(), fake)
+    assert found.answer is not None
+    assert found.below is not None
+    assert (found.answer.workers, found.below.workers, found.below.meets) == (5, 4, False)  # two of "kv" stay unseen
+
+
+def test_a_replay_that_differs_from_itself_is_an_error() -> None:
+    fake = Unsteady({worker(): 1250.0})
+    with pytest.raises(KvistError, match="not the same twice"):
+        plan(list(fake.work), TARGET, Prices(), fake)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_how_long_a_jump_may_be_shows_nowhere(engine: EngineConfig, rows: Rows, 
     assert (again, other) == (requests, end)
     assert all(rank.is_idle and not rank.pool.num_used for rank in ranks)
     assert [rank.passes for rank in short] == [rank.passes for rank in ranks]
-    assert all(rejected or worker != NEVER for rejected, worker in zip(again.rejected, again.worker, strict=True))
+    assert all(at != NEVER for row, at in enumerate(again.last_token) if again.generated[row])
 
 
 def test_a_pass_lasts_as_long_as_the_slowest_ranks() -> None:

@@ -117,6 +117,14 @@ def test_what_is_known_later() -> None:
         assert router.overlaps(np.arange(3))[0].tolist() == [known]
 
 
+def test_many_requests_may_share_a_block() -> None:
+    requests = Requests()
+    router = KvRouter(requests, [Told()], 1, SIZE, ScoreConfig())  # type: ignore[list-item]
+    for _ in range(1 << 15):
+        router.route(requests.add(SIZE, 1, np.arange(1), 1), 0)
+    assert router._refs.tolist() == [[1 << 15]]
+
+
 def followed(
     monkeypatch: pytest.MonkeyPatch, trace: Trace, theirs: Mapping[int, Iterable[int]], **options: Any
 ) -> tuple[Records, list[tuple[int, int, list[float]]]]:

@@ -20,6 +20,7 @@ from kvist.sim.timing import Clock, Fixed, Linear, Polynomial
 from .slow_engine import Request, SlowEngine
 
 MS = 1_000_000
+LONGEST = 40  # prompt, in tokens
 Rows = list[tuple[int, int, int, int, int]]
 timings = st.sampled_from(
     [
@@ -34,15 +35,17 @@ timings = st.sampled_from(
 @st.composite
 def engines(draw: st.DrawFn) -> EngineConfig:
     seats = draw(st.integers(1, 6))
+    is_chunked = draw(st.booleans())
     return EngineConfig(
         num_blocks=draw(st.integers(3, 24)),
         block_size=draw(st.sampled_from([1, 2, 3, 4, 8])),
         max_num_seqs=seats,
-        max_num_batched_tokens=draw(st.integers(max(seats, 2), 40)),
+        max_num_batched_tokens=draw(st.integers(max(seats, 2) if is_chunked else LONGEST, LONGEST)),
         max_model_len=draw(st.none() | st.integers(4, 60)),
         prefix_caching=draw(st.booleans()),
+        chunked_prefill=is_chunked,
         scheduling=draw(st.sampled_from(["vllm", "vllm", "trtllm"])),
-        preemption=draw(st.sampled_from(["lifo", "fifo"])),
+        preemption=draw(st.sampled_from(["lifo", "fifo"])) if is_chunked else "lifo",
         timing=draw(timings),
         speedup=draw(st.sampled_from([1.0, 1.7])),
         decode_speedup=draw(st.sampled_from([1.0, 2.3])),
@@ -55,7 +58,7 @@ def workloads(draw: st.DrawFn) -> Rows:
     """Of each request: arrival in ns, prompt tokens, output tokens, family, tokens that it shares with its family."""
     one = st.tuples(
         st.one_of(st.just(0), st.integers(0, 40).map(lambda ms: ms * MS), st.integers(0, 60 * MS)),
-        st.integers(1, 40),
+        st.integers(1, LONGEST),
         st.integers(0, 25),
         st.integers(0, 2),
         st.integers(0, 40),
@@ -128,6 +131,7 @@ def test_equals_the_engine_that_goes_pass_by_pass(engine: EngineConfig, rows: Ro
         assert requests.admissions[row] == want.admissions
     assert ours == end
     assert gaps_of(worker) == slow.gaps
+    assert worker.passes == slow.passes
     assert worker.pool.num_evicted == slow.evicted
     assert worker.is_idle
     assert worker.pool.num_used == 0

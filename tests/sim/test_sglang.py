@@ -150,6 +150,26 @@ def test_jumps_change_nothing(jobs: list[Job], options: SglangOptions, caching: 
     assert other.pool.num_used == 0
     assert other.pool.num_free == engine.num_blocks
     assert bool(other.pool.num_evictable) <= caching
+    spans = (last - first for first, last in zip(jumped.first_token, jumped.last_token, strict=True))
+    assert sum(gap * count for gap, count in histogram(other).items()) == sum(spans)
+
+
+def test_who_is_retracted_before_its_token_found_a_place_keeps_the_time_of_its_last() -> None:
+    hopeful = SglangOptions(schedule_conservativeness=0.1)
+    jobs = [Job(0, 2, 12, 0, 0), *(Job(0, 1, 1, 1, 0) for _ in range(3)), Job(48, 14, 12, 2, 0)]
+    requests, worker = served(jobs, engine_of(num_blocks=10, max_num_seqs=2, sglang=hopeful))
+    assert requests.admissions[0] > 1
+    spans = (last - first for first, last in zip(requests.first_token, requests.last_token, strict=True))
+    assert sum(gap * count for gap, count in histogram(worker).items()) == sum(spans)
+
+
+def test_prompts_in_parts_give_way_to_what_runs_alone() -> None:
+    hopeful = SglangOptions(schedule_conservativeness=0.01, chunked_prefill_size=12)
+    jobs = [Job(0, 8, 40, 0, 0), Job(60, 40, 8, 1, 0)]
+    requests, worker = served(jobs, engine_of(num_blocks=14, sglang=hopeful))
+    assert requests.generated == [40, 8]
+    assert requests.admissions == [1, 2]
+    assert worker.pool.num_used == 0
 
 
 def columns(requests: Requests) -> dict[str, list[Any]]:
@@ -222,5 +242,5 @@ def test_what_a_gone_client_had_is_free() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(InvalidInput, match="schedule_policy must be one of fifo, lpm; got 'lifo'"):
         SglangOptions(schedule_policy="lifo")  # type: ignore[arg-type]
-    with pytest.raises(InvalidInput, match="chunked_prefill_size must be a number above 0; got 0"):
+    with pytest.raises(InvalidInput, match=r"chunked_prefill_size must be a whole number, 1 to .*; got 0"):
         SglangOptions(chunked_prefill_size=0)

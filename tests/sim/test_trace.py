@@ -158,7 +158,7 @@ SECOND = [
     (row(0, created_time=0), "timestamp: expected either it or created_time, got both"),
     (row("0"), "timestamp: expected float, got '0'"),
     (row(2e12), "timestamp: expected 1e[+]12 ms or less from the first, got 2e[+]12"),
-    (row(0, colour="red"), "Object contains unknown field colour"),
+    (row(0, colour="red"), r"colour: expected a field that is known \(hash_ids, .*\), got this one"),
     ({"timestamp": 0, "input_length": 1, "output_length": 1}, "Object missing required field hash_ids"),
     ({"timestamp": 0, "hash_ids": [1], "output_length": 1}, "input_length: expected a number, got none"),
     (row(0, output_token_ids=[1]), "output_token_ids: expected 5, as output_length, got 1"),
@@ -171,10 +171,17 @@ SECOND = [
     (row(-5, session_id="s"), "timestamp: expected 0 or more, its session's last, got -5"),
     (row(None, after="1"), "after: expected the request_id of an earlier line, got '1'"),
     (row(0, after="0"), "after: expected neither session_id nor timestamp beside it, got one of them"),
-    ({"kvist_trace": 1}, "Object contains unknown field kvist_trace"),  # not in the first line
+    ({"kvist_trace": 1}, "kvist_trace: expected a field that is known"),  # not in the first line
     (b"[1]\n", "expected object, got array"),
     (b"{bad\n", "JSON is malformed"),
     (b'{"request_id": "\xff"}\n', "Invalid|invalid|decode"),
+    # what is wrong is followed by what can not be read
+    (b'{"timestamp":"x", "input_le\n', "timestamp: expected float"),
+    (b'{"hash_ids":[1,"a"\n', r"hash_ids\[1\]: expected int"),
+    (b'{"hash_ids":[1,"a"],"request_id":"\xff"}\n', r"hash_ids\[1\]: expected int"),
+    (b'{"hash_ids":[1,"a"],"hash_ids":[1]}\n', r"hash_ids\[1\]: expected int"),
+    (b'{"hash_ids":' + b"[" * 200_000 + b"\n", r"hash_ids\[0\]: expected int"),
+    (b'{"priority":' + b"[" * 200_000 + b"\n", "priority: expected int"),
 ]
 
 
@@ -182,23 +189,29 @@ SECOND = [
 def test_a_bad_line_is_named(read: Any, second: Any, message: str) -> None:
     with pytest.raises(InvalidInput, match=rf"t\.jsonl, line 3: .*{message}") as caught:
         read(row(0, session_id="s"), b"\n", second, row())
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(
     ("header", "options", "message"),
     [
         ({"kvist_trace": 2}, {}, "line 1: kvist_trace: expected 1, got 2"),
-        ({"kvist_trace": 1, "block_size": 0}, {}, "line 1: block_size: expected 1 or more, got 0"),
+        ({"kvist_trace": 1, "block_size": 0}, {}, "line 1: block_size: expected 1 to 2147483647, got 0"),
         ({"kvist_trace": 1, "block_size": "x"}, {}, "line 1: block_size: expected int, got 'x'"),
-        ({"kvist_trace": 1, "blocksize": 1}, {}, "line 1: Object contains unknown field blocksize"),
+        (
+            {"kvist_trace": 1, "blocksize": 1},
+            {},
+            r"line 1: blocksize: expected a field that is known \(kvist_trace, block_size\), got",
+        ),
         (
             {"kvist_trace": 1, "block_size": 16},
             {"block_size": 64},
             "line 1: block_size: expected 64, as asked for, got 16",
         ),
-        (row(), {"block_size": 0}, "block_size: expected 1 or more, got 0"),
+        (row(), {"block_size": 0}, "block_size: expected 1 to 2147483647, got 0"),
         (row(), {"limit": 0}, "limit: expected 1 or more, got 0"),
+        ({"kvist_trace": 1, "block_size": 10**23}, {}, "line 1: block_size: expected 1 to 2147483647, got 10*$"),
+        (row(), {"block_size": 10**23}, "block_size: expected 1 to 2147483647, got 10*$"),
         (b"\n", {}, "expected one request or more, got none"),
         ({"kvist_trace": 1}, {}, "expected one request or more, got none"),
     ],
@@ -206,6 +219,22 @@ def test_a_bad_line_is_named(read: Any, second: Any, message: str) -> None:
 def test_a_bad_header_or_option(read: Any, header: Any, options: dict[str, int], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         read(header, *([row()] if "none" not in message else []), **options)
+
+
+def test_a_header_is_the_first_line_or_none(read: Any) -> None:
+    with pytest.raises(InvalidInput, match="line 2: kvist_trace: expected a field that is known"):
+        read({"kvist_trace": 1}, {"kvist_trace": 1, "block_size": 16}, row())
+
+
+def test_a_flipped_bit_of_a_packed_file_is_found(read: Any, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl.zst"
+    write_trace(read(*(row(i, outputs=i % 7) for i in range(50))), path)
+    packed = bytearray(path.read_bytes())
+    assert zstandard.get_frame_parameters(bytes(packed)).has_checksum
+    packed[-1] ^= 1
+    path.write_bytes(packed)
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        read_trace(path)
 
 
 def test_there_is_no_such_file(tmp_path: Path) -> None:
@@ -218,7 +247,7 @@ def test_there_is_no_such_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_size": 0}, "block_size: expected 1 or more, got 0"),
+        ({"block_size": 0}, "block_size: expected 1 to 2147483647, got 0"),
         ({"output_tokens": np.array([1])}, "output_tokens: expected 2 values, got 1"),
         ({"block_ids": np.array([1])}, "block_ids: expected 4 values, got 1"),
         ({"request_ids": ("a", "a")}, "request_ids: expected all to differ"),

@@ -21,7 +21,14 @@ INTERRUPTED: Final = 130
 """Exit code after Ctrl-C, as shells report a process that SIGINT ended."""
 
 
-EXTRAS: Final = {"numpy": "sim", "zstandard": "sim", "matplotlib": "sim", "prometheus_client": "mock", "ray": "ray"}
+EXTRAS: Final = {
+    "numpy": "sim",
+    "zstandard": "sim",
+    "matplotlib": "sim",
+    "jinja2": "sim",
+    "prometheus_client": "mock",
+    "ray": "ray",
+}
 """Packages that an extra of ours brings, for the hint when one is missing; all others: the extra `all`."""
 
 SECTIONS: Final[dict[str, dict[str, Lazy]]] = {

@@ -74,6 +74,7 @@ def serve(
     from kvist.server.mock.speech import Voice
     from kvist.server.tokenizer import Tokenizer
     from kvist.sim.config import EngineConfig
+    from kvist.sim.trace import MAX_TOKENS
 
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     words = letter_tokenizer()
@@ -82,8 +83,12 @@ def serve(
         if found is None:
             raise InvalidInput(f"expected a tokenizer.json or a directory with one, got {str(tokenizer)!r}")
         words = found
-    if 0 < mean_output_tokens < 1:
-        raise InvalidInput(f"mean_output_tokens must be 0, or a number of at least 1; got {mean_output_tokens}")
+    if not (mean_output_tokens == 0 or 1 <= mean_output_tokens <= MAX_TOKENS):
+        raise InvalidInput(f"mean_output_tokens must be 0, or a number, 1 to {MAX_TOKENS}; got {mean_output_tokens}")
+    if not served_model_name:
+        raise InvalidInput("served_model_name must be a name; got ''")
+    if not 0 <= settings["seed"] < 2**63:
+        raise InvalidInput(f"seed must be a whole number, 0 to {2**63 - 1}; got {settings['seed']}")
     config = EngineConfig(**{each.name: settings[each.name] for each in fields(EngineConfig) if each.name in settings})
     voice = Voice(
         name=served_model_name,

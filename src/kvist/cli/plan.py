@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
 import click
+import numpy as np
 
 from kvist.cli.invocation import Invocation, common
 from kvist.cli.output import Cell, Line, Styled, Table
@@ -19,9 +21,11 @@ from kvist.sim import plan as planning
 from kvist.sim.memory import KvShape, read_shape
 from kvist.sim.plan import Plan, Prices, Target, Trial
 from kvist.sim.report import PERCENTILES, Sla
+from kvist.sim.timing import Timing
 from kvist.sim.trace import read_trace
 
 _PRICES: Final = Prices()
+_MOST_GB: Final = 1e9
 _AXES: Final = ("router", "policy", "host_blocks", "disk_blocks")
 _GIVEN: Final = ("workers", "host_blocks", "disk_blocks", "native_host_blocks", "reject_oversized")
 
@@ -36,14 +40,14 @@ _GIVEN: Final = ("workers", "host_blocks", "disk_blocks", "native_host_blocks", 
 @click.option("--head-size", type=int, help="Elements of a head.")
 @click.option("--kv-dtype", type=click.Choice(list(DTYPE_BYTES)), help="Of the cache.  [default: the model's, or bf16]")
 @click.option("--kv-gb", type=float, help="Memory for KV of one GPU, 1e9 bytes; sets --num-blocks.")
-@click.option("--gpus-per-worker", default=1, show_default=True, help="GPUs of one worker (tensor parallel).")
+@click.option("--gpus-per-worker", default=1, show_default=True, help="GPUs of one worker, or of each of its ranks.")
 @click.option(
     "--host-gb",
     default="0",
     show_default=True,
     metavar="GB,...",
     callback=several(click.FLOAT),
-    help="Host memory of a worker.",
+    help="Host memory of a worker, or of each of its ranks.",
 )
 @click.option(
     "--disk-gb",
@@ -51,7 +55,7 @@ _GIVEN: Final = ("workers", "host_blocks", "disk_blocks", "native_host_blocks", 
     show_default=True,
     metavar="GB,...",
     callback=several(click.FLOAT),
-    help="Disk of a worker.",
+    help="Disk of a worker, or of each of its ranks.",
 )
 @click.option("--gpu-price", default=_PRICES.gpu_hour, show_default=True, help="Of a GPU for an hour.")
 @click.option(
@@ -63,7 +67,9 @@ _GIVEN: Final = ("workers", "host_blocks", "disk_blocks", "native_host_blocks", 
 @click.option(
     "--percentile", default="p95", show_default=True, type=click.Choice(list(PERCENTILES)), help="Of the SLA."
 )
-@click.option("--max-rejected", default=0.0, show_default=True, help="Part of the requests that may be rejected.")
+@click.option(
+    "--max-rejected", default=0.0, show_default=True, help="Part of the requests that may be rejected, below 1."
+)
 @with_settings("router", "policy", without=_GIVEN, defaults={"router": "round_robin,kv"})
 @JOBS
 @RAY
@@ -98,7 +104,8 @@ def plan(
     """Find the cheapest cluster that serves a trace within an SLA.
 
     Router, policy, host memory and disk take several values with commas between; of every combination the least number
-    of workers is sought. Exits with 3 if none meets the SLA. Prices are yours: those given are of no particular cloud.
+    of workers is sought, by halving. Exits with 3 if none meets the SLA. Prices are yours: those given are of no
+    particular cloud.
     """
     target = Target(sla=sla or Sla(), percentile=percentile, rejected=max_rejected)
     prices = Prices(gpu_hour=gpu_price, host_gb_hour=host_price, disk_gb_hour=disk_price, gpus=gpus_per_worker)
@@ -114,6 +121,13 @@ def plan(
     answer = None if found.answer is None else _answer(found, found.answer, prices)
     document = {
         "trace": requests.name,
+        "trace_file": {
+            "path": str(trace),
+            "block_size": requests.block_size,
+            "limit": limit,
+            "requests": len(requests),
+        },
+        "timing": _timing(candidates[0].engine.timing),
         "met": answer is not None,
         "sla": sla.limits if sla else {},
         "percentile": percentile,
@@ -150,12 +164,18 @@ def _blocks(
 ) -> dict[str, Any]:
     """Settings that are given in bytes, in blocks."""
     block_bytes = settings["kv_bytes_per_token"] * settings["block_size"]
-    in_bytes = {"kv_gb": (kv_gb or 0.0,), "host_gb": host_gb, "disk_gb": disk_gb}
+    in_bytes = {"kv_gb": () if kv_gb is None else (kv_gb,), "host_gb": host_gb, "disk_gb": disk_gb}
     for name, sizes in in_bytes.items():
-        if min(sizes) < 0:
-            raise InvalidInput(f"{name} must be 0 or more; got {min(sizes):g}")
-        if max(sizes) > 0 and block_bytes <= 0:
-            raise InvalidInput(f"{name} is in bytes: model, layers or kv_bytes_per_token must say what a token takes")
+        for size in sizes:
+            if not 0 <= size < _MOST_GB or (name == "kv_gb" and size == 0):
+                least = "above 0" if name == "kv_gb" else "0 or more"
+                raise InvalidInput(f"{name} must be a number, {least} and below {_MOST_GB:g}; got {size:g}")
+            if size and block_bytes <= 0:
+                raise InvalidInput(
+                    f"{name} is in bytes: model, layers or kv_bytes_per_token must say what a token takes"
+                )
+            if name != "kv_gb" and 0 < size * 1e9 < block_bytes:
+                raise InvalidInput(f"{name} must be 0 or hold a block, of {block_bytes:,} bytes; got {size:g}")
     blocks: dict[str, Any] = {
         "workers": 1,
         "native_host_blocks": 0,
@@ -165,15 +185,22 @@ def _blocks(
     return blocks if kv_gb is None else blocks | {"num_blocks": int(kv_gb * gpus * 1e9 // block_bytes)}
 
 
+def _timing(timing: Timing) -> dict[str, Any]:
+    """All its numbers: the settings of a run tell a table's shape alone."""
+    values = {each.name: getattr(timing, each.name) for each in fields(timing)}  # type: ignore[arg-type]
+    told = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+    return {"kind": type(timing).__name__.lower()} | told
+
+
 def _answer(found: Plan, answer: Trial, prices: Prices) -> dict[str, Any]:
     host, disk = planning.memory_gb(answer.setup)
-    workers = answer.workers + answer.setup.cluster.prefill_workers
+    ranks = planning.ranks(answer.setup)
     confirmed = len(found.trials) - (1 if found.below is None else 2)
     return {
         "workers": answer.workers,
-        "gpus": workers * prices.gpus,
-        "host_gb": host * workers,
-        "disk_gb": disk * workers,
+        "gpus": ranks * prices.gpus,
+        "host_gb": host * ranks,
+        "disk_gb": disk * ranks,
         "policy": answer.setup.engine.policy,
         "router": answer.setup.cluster.router,
         "cost_per_hour": answer.cost,
@@ -213,9 +240,11 @@ def _text(found: Plan, prices: Prices, name: str) -> Iterator[Line | Table]:
 
 def _described(trial: Trial, prices: Prices) -> str:
     workers = trial.workers + trial.setup.cluster.prefill_workers
-    host, disk = (gb * workers for gb in planning.memory_gb(trial.setup))
+    ranks, size = planning.ranks(trial.setup), trial.setup.cluster.dp_size
+    host, disk = (gb * ranks for gb in planning.memory_gb(trial.setup))
+    of = f"{size} ranks, each of " if size > 1 else ""
     return (
-        f"  {_count(workers * prices.gpus, 'GPU')} ({_count(workers, 'worker')} of "
+        f"  {_count(ranks * prices.gpus, 'GPU')} ({_count(workers, 'worker')} of {of}"
         f"{trial.setup.engine.num_blocks:,} blocks), {host:,.0f} GB of host memory, {disk:,.0f} GB of disk, policy "
         f"{trial.setup.engine.policy}, router {trial.setup.cluster.router}: {trial.cost:,.2f} an hour"
     )
@@ -224,6 +253,9 @@ def _described(trial: Trial, prices: Prices) -> str:
 def _limits(target: Target, trial: Trial) -> Iterator[str]:
     for name, value in target.figures(trial.figures).items():
         limit = target.sla.limits[name]
+        if value is None:
+            yield f"  {target.percentile} {name.removesuffix('_ms')}: no request has one"
+            continue
         verdict = "at most" if value <= limit else "misses"
         yield f"  {target.percentile} {name.removesuffix('_ms')} {value:,.1f} ms, {verdict} {limit:,.1f}"
     rejected = trial.figures["rejected_requests"]
@@ -240,7 +272,8 @@ def _table(found: Plan) -> Table:
         cells: list[Cell] = [axes[title.replace(" ", "_")] for title in titles[:-1]]
         reuse = f"{trial.figures['prefix_cache_reused_ratio']:.2%}"
         against = found.target.figures(trial.figures)
-        rows.append((*cells, trial.cost, reuse, *(against[name] for name in limits), "yes" if trial.meets else "no"))
+        times = ("none" if (value := against[name]) is None else value for name in limits)
+        rows.append((*cells, trial.cost, reuse, *times, "yes" if trial.meets else "no"))
     shown = (f"{found.target.percentile} {name.removesuffix('_ms')} ms" for name in limits)
     return Table((*titles, "from cache", *shown, "meets"), rows)
 

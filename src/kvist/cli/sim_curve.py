@@ -11,11 +11,11 @@ import click
 from kvist.blocks.policy import POLICIES
 from kvist.cli.invocation import Invocation, common
 from kvist.cli.output import Cell, Line, Table
-from kvist.cli.sim_options import LIMIT, TRACE, TRACE_BLOCK_SIZE, output_option
+from kvist.cli.sim_options import LIMIT, TRACE, TRACE_BLOCK_SIZE, output_option, require_apart
 from kvist.sim import curve_page
 from kvist.sim.curve import BELADY, Curves, curves
 from kvist.sim.files import write_whole
-from kvist.sim.trace import read_trace
+from kvist.sim.trace import MAX_TOKENS, read_trace
 
 
 @click.command("curve")
@@ -33,7 +33,7 @@ from kvist.sim.trace import read_trace
     "--capacity",
     "capacities",
     multiple=True,
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_TOKENS),
     metavar="BLOCKS",
     help="Give it once for each.  [default: see --points]",
 )
@@ -41,12 +41,12 @@ from kvist.sim.trace import read_trace
     "--points",
     default=12,
     show_default=True,
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1000),
     help="Without --capacity: so many, evenly by factor, up to the cache that never evicts.",
 )
-@click.option("--block-size", type=click.IntRange(1), help="Tokens of a block.  [default: of the trace's]")
+@click.option("--block-size", type=click.IntRange(1, MAX_TOKENS), help="Tokens of a block.  [default: of the trace's]")
 @click.option(
-    "--jobs", type=click.IntRange(1), help="Processes of this machine to replay in.  [default: one for each CPU]"
+    "--jobs", type=click.IntRange(1, 1024), help="Processes of this machine to replay in.  [default: one for each CPU]"
 )
 @output_option("--png", "Write a picture; needs matplotlib.")
 @output_option("--html", "Write a page, in one file.")
@@ -69,6 +69,7 @@ def curve(
     Cache only, without time: each request is served before the next comes. The ceiling is Belady's bound, which no
     policy can be above.
     """
+    require_apart(trace, png=png, html=html)
     requests = read_trace(trace, block_size=trace_block_size, limit=limit)
     with run.out.progress("replays") as progress:
         found = curves(
@@ -77,7 +78,7 @@ def curve(
             capacities=capacities or None,
             points=points,
             block_size=block_size,
-            jobs=jobs or os.cpu_count() or 1,
+            jobs=jobs or _cpus(),
             progress=progress,
         )
     if png is not None:
@@ -87,6 +88,11 @@ def curve(
     files = {"png": png, "html": html}
     document = found.to_json() | {"files": {name: str(path) for name, path in files.items() if path is not None}}
     run.out.result(document, ids=map(str, found.capacities), text=_text(found, png, html))
+
+
+def _cpus() -> int:
+    """Those that this process may use; where the system does not say, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _text(found: Curves, *files: Path | None) -> Iterator[Line | Table]:

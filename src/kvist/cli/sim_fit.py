@@ -9,18 +9,14 @@ import click
 
 from kvist.cli.invocation import Invocation, common
 from kvist.cli.output import Line, Table
+from kvist.cli.sim_options import output_option, require_apart
 from kvist.sim import fit as fitting
 from kvist.sim.observations import read_log
 
 
 @click.command()
 @click.argument("log", type=click.Path(path_type=Path, dir_okay=False))
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the model: JSON, or a table in Dynamo's form if the name ends in .npz.",
-)
+@output_option("--output", "Write the model: JSON, or a table in Dynamo's form if the name ends in .npz.", short="-o")
 @common
 def fit(run: Invocation, log: Path, output: Path | None) -> None:
     """Fit the time model to a real server's log.
@@ -29,6 +25,7 @@ def fit(run: Invocation, log: Path, output: Path | None) -> None:
     `kvist sim run --per-request` writes it: arrival_time_ms, first_token_ms, last_token_ms, input_length, output_length
     and reused_input_tokens, of any server.
     """
+    require_apart(log, output=output)
     found = fitting.fit(read_log(log))
     if output is not None:
         found.write(output)

@@ -11,6 +11,7 @@ from typing import Any, Final
 import click
 
 from kvist.cli.invocation import Invocation, common
+from kvist.cli.sim_options import output_option
 from kvist.cli.sim_trace import told
 from kvist.sim import workload
 from kvist.sim.describe import describe
@@ -52,7 +53,7 @@ def _number(name: str, default: int | float, what: str, least: int = 1) -> Calla
 
 
 _OPTIONS: Final = (
-    click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write; .gz or .zst packs it."),
+    output_option("--out", "File to write; .gz or .zst packs it.", is_required=True),
     click.option("--arrivals", default="poisson", show_default=True, type=click.Choice(ARRIVALS), help="In which way."),
     _number("--rate", 1.0, "Arrivals a second."),
     _number("--burst", 8, "Arrivals at once, if they come in bursts."),

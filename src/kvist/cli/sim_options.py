@@ -17,6 +17,7 @@ from kvist.blocks.policy import POLICIES
 from kvist.errors import InvalidInput
 from kvist.sim.config import (
     ENGINE_POLICY,
+    GBPS,
     ClusterConfig,
     EngineConfig,
     HostOffload,
@@ -27,6 +28,7 @@ from kvist.sim.config import (
 from kvist.sim.report import Sla
 from kvist.sim.sweep import Setup, grid
 from kvist.sim.timing import Fixed, Polynomial, Timing, load_timing
+from kvist.sim.trace import MAX_MS, MAX_TOKENS
 from kvist.tiers.config import Mode, TierConfig, TiersConfig
 
 _DEFAULTS: Final = {each.name: each.default for config in (EngineConfig, ClusterConfig) for each in fields(config)}
@@ -52,12 +54,16 @@ def _timing(context: click.Context, param: click.Parameter, value: str) -> Timin
     try:
         if not value.startswith("fixed:"):
             return load_timing(Path(value))
-        prefill, decode = (float(word) for word in value.removeprefix("fixed:").split(","))
+        return Fixed(*_two_numbers(value.removeprefix("fixed:")))
     except ValueError:
         raise click.BadParameter(f"expected fixed:P,D, two numbers of ms; got {value!r}", context, param) from None
     except InvalidInput as error:
         raise click.BadParameter(f"expected polynomial, fixed:P,D or a file; {error}", context, param) from None
-    return Fixed(prefill, decode)
+
+
+def _two_numbers(words: str) -> tuple[float, float]:
+    first, second = words.split(",")
+    return float(first), float(second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,7 @@ def _of_config(flag: str, type_: click.ParamType[Any], help_: str) -> _Option:
     return _Option(flag, type_, help_, _DEFAULTS[flag.removeprefix("--").replace("-", "_")])
 
 
+_BLOCKS: Final = click.IntRange(0, MAX_TOKENS)
 _OPTIONS: Final = (
     _of_config("--workers", click.INT, "Engines; with prefill workers, those that decode."),
     _of_config("--dp-size", click.INT, "Data-parallel ranks of an engine, each with a pool."),
@@ -115,14 +122,14 @@ _OPTIONS: Final = (
     _of_config("--decode-speedup", click.FLOAT, "Decode passes are faster by this, too."),
     _of_config("--startup-ms", click.FLOAT, "From the start to the first pass."),
     _of_config("--kv-bytes-per-token", click.INT, "Of all layers; needed with host memory."),
-    _Option("--host-blocks", click.IntRange(0), "Slots of host memory below each pool.", 0),
+    _Option("--host-blocks", _BLOCKS, "Slots of host memory below each pool.", 0),
     _Option("--host-gbps", click.FLOAT, "To host memory and back, 1e9 bytes/s.", TierConfig().down_gb_per_s),
-    _Option("--disk-blocks", click.IntRange(0), "Slots of disk below host memory.", 0),
+    _Option("--disk-blocks", _BLOCKS, "Slots of disk below host memory.", 0),
     _Option("--disk-gbps", click.FLOAT, "To disk and back, 1e9 bytes/s.", 7.0),
     _Option("--disk-latency-ms", click.FLOAT, "Before a transfer's first byte.", 0.0),
     _Option("--tier-policy", click.Choice(tuple(POLICIES)), "Order of eviction below the pool.", TierConfig().policy),
     _Option("--tier-mode", click.Choice(get_args(Mode)), "When blocks go down: early, or at eviction.", "watermark"),
-    _Option("--native-host-blocks", click.IntRange(0), "Host memory in the manner of Dynamo's mocker.", 0),
+    _Option("--native-host-blocks", _BLOCKS, "Host memory in the manner of Dynamo's mocker.", 0),
     _of_config(
         "--concurrency", click.INT, "Requests under way at once, whenever they come.  [default: as the trace says]"
     ),
@@ -191,6 +198,11 @@ def _tiers(settings: Mapping[str, Any]) -> TiersConfig:
     policy, disk, speed = settings["tier_policy"], settings["disk_blocks"], settings["disk_gbps"]
     if not settings["host_blocks"]:
         raise InvalidInput(f"disk_blocks is below host memory: host_blocks must be 1 or more, too; got {disk} and 0")
+    for name in ("host_gbps", "disk_gbps"):
+        if not GBPS[0] <= settings[name] <= GBPS[1]:
+            raise InvalidInput(f"{name} must be a number, {GBPS[0]:g} to {GBPS[1]:g}; got {settings[name]!r}")
+    if not 0 <= (latency := settings["disk_latency_ms"]) <= MAX_MS:
+        raise InvalidInput(f"disk_latency_ms must be a number, 0 to {MAX_MS:g}; got {latency!r}")
     return TiersConfig(
         block_bytes=settings["kv_bytes_per_token"] * settings["block_size"],
         host=TierConfig(
@@ -232,7 +244,7 @@ def with_sla(command: Command) -> Command:
 TRACE: Final = click.argument("trace", type=click.Path(path_type=Path))
 TRACE_BLOCK_SIZE: Final = click.option(
     "--trace-block-size",
-    type=click.INT,
+    type=click.IntRange(1, MAX_TOKENS),
     help="Tokens of one block of the trace.  [default: as the file says, else 512]",
 )
 LIMIT: Final = click.option(
@@ -240,11 +252,31 @@ LIMIT: Final = click.option(
 )
 
 
-def output_option(flag: str, help_: str, *, name: str = "") -> Callable[[Command], Command]:
+def output_option(
+    flag: str, help_: str, *, name: str = "", short: str = "", is_required: bool = False
+) -> Callable[[Command], Command]:
     """An option for a file to write, whose directory is there before anything is run."""
     path = click.Path(dir_okay=False, writable=True, path_type=Path)
-    names = (flag, name) if name else (flag,)
-    return click.option(*names, type=path, callback=_place, metavar="FILE", help=help_)
+    names = [each for each in (short, flag, name) if each]
+    return click.option(
+        *names, type=path, callback=_place, metavar="FILE", help=help_, required=is_required, show_default=False
+    )
+
+
+def require_apart(read: Path, **written: Path | None) -> None:
+    """Refuse to write a file over the one that is read, or two over each other; devices take it.
+
+    Raises:
+        InvalidInput: the options are named.
+    """
+    taken = {read.resolve(): "the file that is read"}
+    for name, path in written.items():
+        if path is None or (path.exists() and not path.is_file()):
+            continue
+        own = f"that of {name}"
+        other = taken.setdefault(path.resolve(), own)
+        if other != own:
+            raise InvalidInput(f"{name} must be a file of its own, not {other}; got {str(path)!r}")
 
 
 def _place(context: click.Context, param: click.Parameter, value: Path | None) -> Path | None:

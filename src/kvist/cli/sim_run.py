@@ -11,7 +11,16 @@ import click
 
 from kvist.cli.invocation import Invocation, common
 from kvist.cli.output import Cell, Line, Table
-from kvist.cli.sim_options import LIMIT, TRACE, TRACE_BLOCK_SIZE, output_option, setup_of, with_settings, with_sla
+from kvist.cli.sim_options import (
+    LIMIT,
+    TRACE,
+    TRACE_BLOCK_SIZE,
+    output_option,
+    require_apart,
+    setup_of,
+    with_settings,
+    with_sla,
+)
 from kvist.sim.files import write_whole
 from kvist.sim.perfetto import chrome_trace
 from kvist.sim.replay import replay
@@ -55,6 +64,7 @@ def run_trace(
     equal results, whatever the machine.
     """
     setup = setup_of(settings)
+    require_apart(trace, per_request=per_request, chrome_trace=timeline, html=html)
     render = None if html is None else _renderer()
     requests = read_trace(trace, block_size=trace_block_size, limit=limit)
     started = time.perf_counter()

@@ -11,7 +11,16 @@ import click
 
 from kvist.cli.invocation import Invocation, common
 from kvist.cli.output import Cell, Table
-from kvist.cli.sim_options import LIMIT, TRACE, TRACE_BLOCK_SIZE, output_option, setups_of, with_settings, with_sla
+from kvist.cli.sim_options import (
+    LIMIT,
+    TRACE,
+    TRACE_BLOCK_SIZE,
+    output_option,
+    require_apart,
+    setups_of,
+    with_settings,
+    with_sla,
+)
 from kvist.sim.files import write_whole
 from kvist.sim.report import Sla
 from kvist.sim.sweep import Row, Runner, local, on_ray, to_csv
@@ -20,7 +29,7 @@ from kvist.sim.trace import Trace, read_trace
 AXES: Final = ("workers", "router", "policy", "num_blocks", "host_blocks", "disk_blocks")
 
 JOBS: Final = click.option(
-    "--jobs", default=1, show_default=True, type=click.IntRange(1), help="Processes of this machine to replay in."
+    "--jobs", default=1, show_default=True, type=click.IntRange(1, 1024), help="Processes of this machine to replay in."
 )
 RAY: Final = click.option(
     "--ray", metavar="ADDRESS", help="Replay on this Ray cluster; its nodes need kvist. local: start one here."
@@ -54,6 +63,7 @@ def sweep(
     combination is replayed. The rows are the same wherever they are made.
     """
     setups = setups_of(settings, AXES)
+    require_apart(trace, csv=csv)
     requests = read_trace(trace, block_size=trace_block_size, limit=limit)
     with run.out.progress("replays") as progress, runner(requests, sla, jobs, ray, progress) as replay_all:
         rows = replay_all(setups)

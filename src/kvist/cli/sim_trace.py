@@ -11,18 +11,22 @@ from kvist.cli.invocation import Invocation, common
 from kvist.cli.output import Line, Table
 from kvist.sim.describe import Description, Spread
 from kvist.sim.describe import describe as describe_trace
-from kvist.sim.trace import read_trace
+from kvist.sim.trace import MAX_TOKENS, read_trace
 
 
 @click.command()
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.option(
-    "--block-size", default=64, show_default=True, type=click.IntRange(1), help="Tokens of an engine's block."
+    "--block-size",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1, MAX_TOKENS),
+    help="Tokens of an engine's block.",
 )
 @click.option(
     "--trace-block-size",
     default=None,
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_TOKENS),
     help="Tokens of a trace's block.  [default: as the file says, else 512]",
 )
 @click.option("--limit", default=None, type=click.IntRange(1), help="Requests to read.  [default: all]")

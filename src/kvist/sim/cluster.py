@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 from typing import Protocol
 
+from kvist.errors import EngineError
 from kvist.sim.requests import Requests
 from kvist.sim.scheduler import Ended
 
@@ -80,7 +81,8 @@ class Arrivals:
         times: of arrival in ns, ascending where given; None: after ``previous``.
         previous: the request whose end each follows, or -1.
         delays: in ns, after that end.
-        concurrency: requests under way at once; then times do not count.
+        concurrency: requests under way at once; then times do not count. A session has its seat until its last request
+            has ended; of several that follow one, the first has it, and the others are next for one that is free.
     """
 
     def __init__(
@@ -95,12 +97,11 @@ class Arrivals:
                 self._followers.setdefault(before, []).append(request)
                 self._first[request] = self._first[before]
         first = [request for request, before in enumerate(previous) if before < 0]
-        self._queue: list[int] = []  # those that wait for another's end, last first
-        if concurrency is not None:
-            self._queue = first[concurrency:][::-1]
-            self._heap = [(0, request, request) for request in first[:concurrency]]
-        else:
-            self._heap = sorted((times[request] or 0, request, request) for request in first)
+        self._free = len(previous) if concurrency is None else concurrency  # seats
+        # Those that wait for a seat, last first, and when they may come.
+        self._queue = [(times[r] or 0 if concurrency is None else 0, r) for r in reversed(first)]
+        self._heap: list[tuple[int, int, int]] = []
+        self._seat(0)
 
     @property
     def next(self) -> int | None:
@@ -113,12 +114,16 @@ class Arrivals:
 
     def over(self, request: int, now: int) -> None:
         """A request has ended."""
-        followers = self._followers.pop(request, ())
-        for follower in followers:
-            heappush(self._heap, (now + self._delays[follower], self._first[follower], follower))
-        if self._queue and not followers:
-            following = self._queue.pop()
-            heappush(self._heap, (now, following, following))
+        followers = sorted(self._followers.pop(request, ()), key=self._delays.__getitem__)
+        self._queue += [(now + self._delays[follower], follower) for follower in reversed(followers)]
+        self._free += 1
+        self._seat(now)
+
+    def _seat(self, now: int) -> None:
+        while self._free and self._queue:
+            at, request = self._queue.pop()
+            self._free -= 1
+            heappush(self._heap, (max(at, now), self._first[request], request))
 
 
 def run(
@@ -139,13 +144,23 @@ def run(
         arrivals: when they come.
         progress: called with the number of requests that ended since the last call.
         ranks: of each worker.
+
+    Raises:
+        EngineError: nothing happens any more, and a request has neither finished nor been rejected.
     """
     wakes: list[tuple[int, int]] = []
+    left = set(range(len(requests)))
     now = 0
     while True:
         while wakes and workers[wakes[0][1]].wake != wakes[0][0]:
             heappop(wakes)
         times = [at for at in (wakes[0][0] if wakes else None, arrivals.next, router.wake) if at is not None]
+        if not times and left:
+            request = min(left)
+            raise EngineError(
+                f"worker {requests.worker[request]} can not go on: request {request} has neither finished nor been "
+                f"rejected, as {len(left) - 1} others, and nothing is under way"
+            )
         if not times:
             return now
         now = min(times)
@@ -158,10 +173,12 @@ def run(
             due[index] = None
             ended = worker.step()
             router.ended(index, ended, now)
-            for request in (*ended.finished, *ended.rejected):
+            over = (*ended.finished, *ended.rejected)
+            left.difference_update(over)
+            for request in over:
                 arrivals.over(request, now)
-            if progress is not None and ended.finished:
-                progress(len(ended.finished))
+            if progress is not None and over:
+                progress(len(over))
         due.update(dict.fromkeys(router.act(now)))
         must_wait = router.is_first and bool(due)
         while arrivals.next == now and not must_wait:

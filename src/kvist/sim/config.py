@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Final, Literal, get_args
 
 from kvist.blocks.policy import POLICIES
 from kvist.errors import InvalidInput
 from kvist.router.score import ScoreConfig
-from kvist.sim.timing import Polynomial, Timing
+from kvist.sim.timing import SPEEDUPS, Polynomial, Timing
+from kvist.sim.trace.columns import MAX_MS, MAX_TOKENS
 from kvist.tiers.config import TiersConfig
 
 Preemption = Literal["lifo", "fifo"]
@@ -18,6 +19,21 @@ SglangPolicy = Literal["fifo", "lpm"]
 Routing = Literal["round_robin", "kv"]
 
 ENGINE_POLICY = "vllm"  # the engine's own pool: blank slots first, then the least recently used
+
+MAX_BLOCKS: Final = 2**24
+"""Slots of a pool."""
+
+MAX_BLOCK_SIZE: Final = 2**20
+"""Tokens of a block."""
+
+MAX_BYTES_PER_TOKEN: Final = 2**30
+"""Of the cache of all layers: no model comes near."""
+
+MAX_RANKS: Final = 4096
+"""Engines of a cluster, each counted with all its ranks."""
+
+GBPS: Final = (1e-6, 1e9)
+"""Bandwidths, from a modem's to what takes no time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +53,9 @@ class HostOffload:
     latency_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_blocks", "store_gbps", "load_gbps")
-        require_at_least_0(self, "latency_ms")
+        require_whole(self, "num_blocks", most=MAX_BLOCKS)
+        require_between(self, "store_gbps", "load_gbps", limits=GBPS)
+        require_at_least_0(self, "latency_ms", most=MAX_MS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +78,8 @@ class SglangOptions:
 
     def __post_init__(self) -> None:
         require_one_of(self, "schedule_policy", get_args(SglangPolicy))
-        require_positive(self, "max_prefill_tokens", "chunked_prefill_size", "clip_max_new_tokens")
-        require_positive(self, "schedule_conservativeness")
+        require_whole(self, "max_prefill_tokens", "chunked_prefill_size", "clip_max_new_tokens")
+        require_positive(self, "schedule_conservativeness", most=1e6)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,15 +130,23 @@ class EngineConfig:
     host_offload: HostOffload | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens")
-        require_positive(self, "speedup", "decode_speedup")
-        require_at_least_0(self, "startup_ms", "kv_bytes_per_token")
+        require_whole(self, "num_blocks", most=MAX_BLOCKS)
+        require_whole(self, "block_size", most=MAX_BLOCK_SIZE)
+        require_whole(self, "max_num_seqs", "max_num_batched_tokens")
         if self.max_model_len is not None:
-            require_positive(self, "max_model_len")
+            require_whole(self, "max_model_len")
+        require_between(self, "speedup", "decode_speedup", limits=SPEEDUPS)
+        require_at_least_0(self, "startup_ms", most=MAX_MS)
+        require_whole(self, "kv_bytes_per_token", least=0, most=MAX_BYTES_PER_TOKEN)
         require_one_of(self, "scheduling", get_args(Scheduling))
         require_one_of(self, "preemption", get_args(Preemption))
         require_one_of(self, "policy", (ENGINE_POLICY, *POLICIES))
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        require_type(self, "sglang", SglangOptions)
+        require_type(self, "timing", Timing)
+        require_type(self, "tiers", TiersConfig | None)
+        require_type(self, "host_offload", HostOffload | None)
+        self._require_simulated()
+        if self.scheduling != "sglang" and self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidInput(
                 f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), a token for each running "
                 f"sequence; got {self.max_num_batched_tokens}"
@@ -140,6 +165,18 @@ class EngineConfig:
                 f"tiers.block_bytes must be block_size x kv_bytes_per_token, {block_bytes}; "
                 f"got {self.tiers.block_bytes}"
             )
+
+    def _require_simulated(self) -> None:
+        """Refuse fields that nothing would read, so that nobody takes them for measured."""
+        reader, unread = "host_offload", ["policy", "scheduling"] if self.host_offload else []
+        if self.scheduling == "sglang":
+            reader = "the scheduling of sglang"
+            unread = ["policy", "preemption", "tiers", "host_offload", "chunked_prefill", "max_num_batched_tokens"]
+        for each in fields(self):
+            if each.name in unread and (value := getattr(self, each.name)) != each.default:
+                raise InvalidInput(
+                    f"{each.name} is not simulated for {reader}: it must be {each.default!r}; got {value!r:.80}"
+                )
 
     @property
     def eviction(self) -> str:
@@ -184,27 +221,67 @@ class ClusterConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_positive(self, "workers", "dp_size", "transfer_gbps", "arrival_speedup")
-        require_at_least_0(self, "event_lag_ms", "prefill_workers")
+        require_whole(self, "workers", "dp_size", most=MAX_RANKS)
+        require_whole(self, "prefill_workers", least=0, most=MAX_RANKS)
+        ranks = (self.workers + self.prefill_workers) * self.dp_size
+        if ranks > MAX_RANKS:
+            raise InvalidInput(f"workers and prefill_workers must have at most {MAX_RANKS} ranks together; got {ranks}")
         if self.concurrency is not None:
-            require_positive(self, "concurrency")
+            require_whole(self, "concurrency")
+        require_whole(self, "seed", least=0, most=2**63 - 1)
+        require_between(self, "transfer_gbps", limits=GBPS)
+        require_between(self, "arrival_speedup", limits=SPEEDUPS)
+        require_at_least_0(self, "event_lag_ms", most=MAX_MS)
         require_one_of(self, "router", get_args(Routing))
+        require_type(self, "score", ScoreConfig)
 
 
-def require_positive(config: object, *names: str) -> None:
-    """Refuse a number that is not finite and above 0."""
+def require_whole(config: object, *names: str, least: int = 1, most: int = MAX_TOKENS) -> None:
+    """Refuse a count that is no `int`, or out of range."""
     for name in names:
         value = getattr(config, name)
-        if not (math.isfinite(value) and value > 0):
-            raise InvalidInput(f"{name} must be a number above 0; got {value!r}")
+        if type(value) is not int or not least <= value <= most:
+            raise InvalidInput(f"{name} must be a whole number, {least} to {most}; got {value!r:.80}")
 
 
-def require_at_least_0(config: object, *names: str) -> None:
-    """Refuse a number that is not finite, or below 0."""
+def require_positive(config: object, *names: str, most: float = 2.0**53) -> None:
+    """Refuse what is no number above 0, and what is beyond all sense."""
     for name in names:
         value = getattr(config, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise InvalidInput(f"{name} must be a number, 0 or more; got {value!r}")
+        if not (_is_number(value) and 0 < value <= most):
+            raise InvalidInput(f"{name} must be a number above 0{_bound(value, most)}; got {value!r:.80}")
+
+
+def require_at_least_0(config: object, *names: str, most: float = 2.0**53) -> None:
+    """Refuse what is no number, 0 or more, and what is beyond all sense."""
+    for name in names:
+        value = getattr(config, name)
+        if not (_is_number(value) and 0 <= value <= most):
+            raise InvalidInput(f"{name} must be a number, 0 or more{_bound(value, most)}; got {value!r:.80}")
+
+
+def require_between(config: object, *names: str, limits: tuple[float, float]) -> None:
+    """Refuse what is no number within limits, both included."""
+    for name in names:
+        value = getattr(config, name)
+        if not (_is_number(value) and limits[0] <= value <= limits[1]):
+            raise InvalidInput(f"{name} must be a number, {limits[0]:g} to {limits[1]:g}; got {value!r:.80}")
+
+
+def require_type(config: object, name: str, type_: type | UnionType) -> None:
+    """Refuse what is of another class."""
+    value = getattr(config, name)
+    if not isinstance(value, type_):
+        wanted = getattr(type_, "__name__", str(type_))
+        raise InvalidInput(f"{name} must be of the type {wanted}; got {value!r:.80}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _bound(value: object, most: float) -> str:
+    return f", and at most {most:g}" if _is_number(value) and value > most else ""  # type: ignore[operator]
 
 
 def require_one_of(config: object, name: str, known: tuple[str, ...]) -> None:

@@ -143,7 +143,7 @@ def read_requests(lines: Iterable[str], name: str) -> Observations:
 def _record(line: str, where: str) -> tuple[float, ...] | None:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{where}: expected one JSON object, got {line[:60]!r}: {error}") from None
     if not isinstance(found, dict):
         raise InvalidInput(f"{where}: expected one JSON object, got {line[:60]!r}")
@@ -152,8 +152,8 @@ def _record(line: str, where: str) -> tuple[float, ...] | None:
     values = []
     for field in _FIELDS:
         value = found.get(field)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise InvalidInput(f"{where}: {field}: expected a number, got {value!r}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 2**53:
+            raise InvalidInput(f"{where}: {field}: expected a number, got {value!r:.80}")
         values.append(float(value))
     for field, value, least in zip(_FIELDS[1:], values[1:], (values[0], values[1], 1.0, 1.0, 0.0), strict=True):
         if value < least:

@@ -2,6 +2,8 @@
 
 A request whose next blocks the host has stands aside until they have come. It holds their slots meanwhile, and then
 goes ahead of the queue. Who finds blocks that are on their way stands aside as well. See `kvist.sim.host`.
+
+Where nothing runs and the head of the queue has no room, as those behind it hold loaded slots, they go first.
 """
 
 from __future__ import annotations
@@ -132,6 +134,8 @@ class OffloadingScheduler(Scheduler):
             if is_short and (load is None or not load.has_come):
                 answer = self._ask(request, known, now)
                 if answer is Lookup.HIT:
+                    if self._put_loaded_first():
+                        continue
                     return
                 if answer is Lookup.LATER:
                     host.put_aside(request)
@@ -150,6 +154,8 @@ class OffloadingScheduler(Scheduler):
             cached = min(len(found), most) * size
             tokens = min(known - cached, prompts.budget)
             if needed > pool.num_free or (prompt - cached > prompts.budget and not engine.chunked_prefill):
+                if self._put_loaded_first():
+                    continue
                 return
             wanted = max(0, -(-(cached + tokens) // size) - len(found))
             fresh = pool.acquire(found if load is None else _NONE, wanted)
@@ -162,6 +168,16 @@ class OffloadingScheduler(Scheduler):
             self._note_admission(request, cached, now)
             if sequence.computed < known:
                 self._partial = sequence
+
+    def _put_loaded_first(self) -> bool:
+        """Where nothing runs, let one go ahead whose blocks have come; returns whether there is one behind the head."""
+        loads = self._host.loads
+        loaded = [request for request in self.waiting if request in loads and loads[request].has_come]
+        if self.running or not loaded or self.waiting[0] in loaded:
+            return False
+        self.waiting.remove(loaded[0])
+        self.waiting.appendleft(loaded[0])
+        return True
 
     def _ask(self, request: int, known: int, now: int) -> Lookup:
         """What the host has for the head of the queue; if there is room it is on its way, and comes later."""

@@ -1,21 +1,25 @@
 """The cheapest cluster that serves a trace within an SLA, found by replays.
 
 A candidate is a kind of worker: its memory, policy and router. Of each, the least number of workers that meets the SLA
-is found by halving, which takes for granted that more workers are no worse. The answer does not rest on that: it was
-replayed, and so was one worker less, which misses.
+is found by halving. That takes for granted that more workers are no worse. Where they can be, a cheaper size may stay
+unseen: that the answer meets the SLA, and that one worker less misses it, is replayed; that nothing is cheaper is not.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from kvist.errors import InvalidInput
+from kvist.errors import InvalidInput, KvistError
 from kvist.sim.config import require_at_least_0, require_one_of
 from kvist.sim.report import PERCENTILES, Sla
 from kvist.sim.sweep import Runner, Setup
+
+MOST_WORKERS: Final = 4096
+"""No plan looks at larger clusters."""
 
 _FIGURES: Final = {"ttft_ms": "ttft_ms", "itl_ms": "tpot_ms", "e2e_ms": "e2e_latency_ms"}
 
@@ -27,7 +31,7 @@ class Target:
     Attributes:
         sla: limits of a request, one or more.
         percentile: of the requests' times, each limit by itself: one of `kvist.sim.report.PERCENTILES`.
-        rejected: part of the requests that may be rejected; percentiles are of the others.
+        rejected: part of the requests that may be rejected, below 1; percentiles are of the others.
     """
 
     sla: Sla
@@ -36,30 +40,38 @@ class Target:
 
     def __post_init__(self) -> None:
         require_one_of(self, "percentile", tuple(PERCENTILES))
-        require_at_least_0(self, "rejected")
+        if not 0 <= self.rejected < 1:
+            raise InvalidInput(f"rejected must be a number, 0 or more and below 1; got {self.rejected!r}")
         if not self.sla.limits:
             raise InvalidInput("sla must have a limit: ttft_ms, itl_ms or e2e_ms; got none")
 
-    def figures(self, figures: dict[str, Any]) -> dict[str, float]:
-        """Those that the limits are for, by the name of the limit."""
-        return {name: float(figures[f"{self.percentile}_{_FIGURES[name]}"]) for name in self.sla.limits}
+    def figures(self, figures: dict[str, Any]) -> dict[str, float | None]:
+        """Those that the limits are for, by the name of the limit; ``None``: no request has such a time."""
+        return {
+            name: float(figures[f"{self.percentile}_{of}"])
+            if figures[f"num_{of.removesuffix('_ms')}_samples"]
+            else None
+            for name, of in _FIGURES.items()
+            if name in self.sla.limits
+        }
 
     def excess(self, figures: dict[str, Any]) -> float:
-        """The worst figure as a multiple of its limit: 1 or less meets the target."""
+        """The worst figure as a multiple of its limit: 1 or less meets the target; a limit without times is missed."""
         if figures["rejected_requests"] > self.rejected * figures["num_requests"]:
             return math.inf
-        return max(value / self.sla.limits[name] for name, value in self.figures(figures).items())
+        told = self.figures(figures).items()
+        return max(math.inf if value is None else value / self.sla.limits[name] for name, value in told)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
-    """What a worker costs an hour, in any currency.
+    """What a cluster costs an hour, in any currency.
 
     Attributes:
         gpu_hour: one GPU.
         host_gb_hour: 1e9 bytes of host memory.
         disk_gb_hour: 1e9 bytes of disk.
-        gpus: of one worker.
+        gpus: of one rank: of a worker, or of each of its data-parallel ranks.
     """
 
     gpu_hour: float = 2.5
@@ -73,14 +85,19 @@ class Prices:
             raise InvalidInput(f"gpus must be 1 or more; got {self.gpus}")
 
     def of(self, setup: Setup) -> float:
-        """All of its workers, for an hour."""
+        """All of its ranks, for an hour."""
         host, disk = memory_gb(setup)
-        worker = self.gpus * self.gpu_hour + host * self.host_gb_hour + disk * self.disk_gb_hour
-        return (setup.cluster.workers + setup.cluster.prefill_workers) * worker
+        rank = self.gpus * self.gpu_hour + host * self.host_gb_hour + disk * self.disk_gb_hour
+        return ranks(setup) * rank
+
+
+def ranks(setup: Setup) -> int:
+    """Of all workers together: each has a pool, and GPUs and memory of its own."""
+    return (setup.cluster.workers + setup.cluster.prefill_workers) * setup.cluster.dp_size
 
 
 def memory_gb(setup: Setup) -> tuple[float, float]:
-    """Host memory and disk of one worker, in 1e9 bytes."""
+    """Host memory and disk of one rank, in 1e9 bytes."""
     tiers = setup.engine.tiers
     if tiers is None:
         return 0.0, 0.0
@@ -121,7 +138,8 @@ class Plan:
 
     Attributes:
         target: what was asked for.
-        answer: the cheapest that meets it, and of equal price the one with most to spare; ``None``: none does.
+        answer: the cheapest of the trials that meet it; of equal price the one with the fewest workers, then the one
+            with most to spare; ``None``: none does.
         below: the same with one worker less, which misses; ``None`` where there is no less, or no answer.
         trials: every replay, in the order in which they were made; the last are those that confirm the answer.
     """
@@ -150,10 +168,13 @@ def plan(
         max_workers: no cluster is larger.
 
     Raises:
-        InvalidInput: no candidates, or no workers.
+        InvalidInput: no candidates, or ``max_workers`` is not 1 to `MOST_WORKERS`.
+        KvistError: the same replay gave two results, as different versions do on a Ray cluster.
     """
-    if not candidates or max_workers < 1:
-        raise InvalidInput(f"a plan needs 1 candidate or more, and max_workers 1 or more; got {max_workers}")
+    if not candidates:
+        raise InvalidInput("a plan needs 1 candidate or more; got none")
+    if not 1 <= max_workers <= MOST_WORKERS:
+        raise InvalidInput(f"max_workers must be an integer, 1 to {MOST_WORKERS}; got {max_workers}")
     trials: list[Trial] = []
 
     def run(setups: Sequence[Setup]) -> list[Trial]:
@@ -166,13 +187,14 @@ def plan(
     # the first alone: what it comes to bounds the others, which then go side by side
     _search([_Search(first, prices, climbs=True)], trials, run, max_workers)
     _search([_Search(setup, prices, climbs=False) for setup in others], trials, run, max_workers)
-    answer = min((trial for trial in trials if trial.meets), key=lambda trial: (trial.cost, trial.excess), default=None)
+    meeting = (trial for trial in trials if trial.meets)
+    answer = min(meeting, key=lambda trial: (trial.cost, trial.workers, trial.excess), default=None)
     if answer is None:
         return Plan(target, None, None, tuple(trials))
     confirming = [answer.setup] + ([_sized(answer.setup, answer.workers - 1)] if answer.workers > 1 else [])
     again = run(confirming)
-    assert again[0].figures == answer.figures, "a replay was not the same twice"
-    assert not any(trial.meets for trial in again[1:]), "one worker less had missed, and meets now"
+    if again[0].figures != answer.figures or any(trial.meets for trial in again[1:]):
+        raise KvistError("a replay was not the same twice", hint="have one version of kvist wherever replays run")
     return Plan(target, answer, again[1] if len(again) > 1 else None, tuple(trials))
 
 
@@ -240,5 +262,5 @@ def _sized(setup: Setup, workers: int) -> Setup:
 
 
 def _largest(cost: Callable[[int], float], best: float, max_workers: int) -> int:
-    """The largest size that is not dearer."""
-    return next((size for size in range(max_workers, 0, -1) if cost(size) <= best), 0)
+    """The largest size that is not dearer; more workers never cost less."""
+    return bisect.bisect_right(range(1, max_workers + 1), best, key=cost)

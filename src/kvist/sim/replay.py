@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from kvist.sim.host import eviction_order
 from kvist.sim.records import COMPLETED, REJECTED, Records
 from kvist.sim.requests import Requests
 from kvist.sim.scheduler import Scheduler
-from kvist.sim.sglang import RadixScheduler
+from kvist.sim.sglang import RadixScheduler, tokens_needed
 from kvist.sim.timing import Clock
 from kvist.sim.trace import Trace
 
@@ -58,9 +59,9 @@ def requests_of(trace: Trace, engine: EngineConfig) -> tuple[Requests, int]:
     found = chains(trace, size)
     inputs, outputs = trace.input_tokens.tolist(), trace.output_tokens.tolist()
     starts = found.offsets.tolist()
-    blocks = [found.ids[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    blocks = [found.ids[a:b] for a, b in pairwise(starts)]
     own = [(i + o) // size - i // size + 1 for i, o in zip(inputs, outputs, strict=True)]
-    first = np.concatenate(([found.count], found.count + np.cumsum(own))).tolist()
+    first = np.concatenate(([found.count], found.count + np.cumsum(own, dtype=np.int64))).tolist()
     n = len(trace)
     return (
         Requests(
@@ -100,6 +101,9 @@ def _require_servable(trace: Trace, engine: EngineConfig, cluster: ClusterConfig
     if engine.max_model_len is not None:
         prompts = np.where(prompts < engine.max_model_len, prompts, 0)  # the others are turned away
         totals = np.where(prompts, np.minimum(totals, engine.max_model_len), 0)
+    if engine.scheduling == "sglang":
+        _require_admissible(engine, prompts, totals)
+        return
     if not engine.chunked_prefill and len(trace) and prompts.max() > engine.max_num_batched_tokens:
         row = int(prompts.argmax())
         raise InvalidInput(
@@ -110,8 +114,34 @@ def _require_servable(trace: Trace, engine: EngineConfig, cluster: ClusterConfig
     if not engine.reject_oversized and len(trace) and needed.max() > engine.num_blocks:
         row = int(needed.argmax())
         raise InvalidInput(
-            f"num_blocks must hold the longest request, {needed[row]} blocks of {engine.block_size} tokens (row {row}), "
-            f"unless max_model_len bounds it or reject_oversized turns it away; got {engine.num_blocks}"
+            f"num_blocks must hold the longest request, {needed[row]} blocks of {engine.block_size} tokens (row "
+            f"{row}), unless max_model_len bounds it or reject_oversized turns it away; got {engine.num_blocks}"
+        )
+
+
+def _require_admissible(engine: EngineConfig, prompts: np.ndarray, totals: np.ndarray) -> None:
+    """SGLang keeps room for the answer, too, and admits parts of prompts in whole blocks."""
+    size, options = engine.block_size, engine.sglang
+    needed = tokens_needed(engine, prompts, totals)
+    if not engine.reject_oversized and needed.max(initial=0) >= engine.capacity_tokens:
+        row = int(needed.argmax())
+        raise InvalidInput(
+            f"num_blocks must hold more than the longest prompt with what is kept free for its answer, {needed[row]} "
+            f"tokens in blocks of {size} (row {row}), unless max_model_len bounds it or reject_oversized turns it "
+            f"away; got {engine.num_blocks}"
+        )
+    longest = np.maximum(prompts, totals - 1)[needed < engine.capacity_tokens].max(initial=0)
+    whole = options.chunked_prefill_size // size * size
+    if longest > whole < options.chunked_prefill_size:
+        raise InvalidInput(
+            f"sglang.chunked_prefill_size must be a whole number of blocks of {size} tokens, as prompts have up to "
+            f"{longest}; got {options.chunked_prefill_size}"
+        )
+    part = min(-(-longest // size) * size, whole)
+    if options.max_prefill_tokens < part:
+        raise InvalidInput(
+            f"sglang.max_prefill_tokens must hold {part} tokens, the largest part of a prompt that is computed at "
+            f"once; got {options.max_prefill_tokens}"
         )
 
 

@@ -62,10 +62,11 @@ class KvRouter(Router):
         n = len(workers)
         # A row for each content, so that what all workers have of it lies together.
         self._known = np.zeros((contents, n), dtype=np.uint8)  # a bit for each tier
-        self._news: list[tuple[int, int, list[Move]]] = []  # by when they are known here
+        self._news: list[tuple[int, int, int, list[Move]]] = []  # by when they are known here, and by order
+        self._told = 0
         # What is under way: prompt tokens before the first token, blocks until the end.
         self._waiting = np.zeros(n)
-        self._refs = np.zeros((contents, n), dtype=np.int16)
+        self._refs = np.zeros((contents, n), dtype=np.int32)
         self._held = np.zeros(n)
         self._active = np.zeros(n)
         self._charged: dict[int, float] = {}
@@ -118,7 +119,6 @@ class KvRouter(Router):
 
     def ended(self, worker: int, ended: Ended, now: int) -> None:
         """What was under way is less by what ended."""
-        """See `Router`."""
         for request in ended.first:
             self._waiting[self._target[request]] -= self._charged.pop(request)
         for request in (*ended.finished, *ended.rejected):
@@ -142,10 +142,11 @@ class KvRouter(Router):
         for index, worker in enumerate(self._workers):
             worker.settle(now)
             for end, moves in worker.news:
-                heappush(self._news, (end + self._lag, index, moves))
+                self._told += 1
+                heappush(self._news, (end + self._lag, self._told, index, moves))
             worker.news.clear()
         while self._news and self._news[0][0] <= now:
-            _, index, moves = heappop(self._news)
+            _, _, index, moves = heappop(self._news)
             for stored, contents, tier in moves:
                 if stored:
                     self._known[contents, index] |= 1 << tier

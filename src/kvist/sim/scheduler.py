@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Prompts:
     Attributes:
         budget: tokens that it may still take.
         gave_way: whether a sequence was preempted for it: then nobody else is admitted.
-        waits: whether it must wait for slots that are still read: neither.
+        waits: whether somebody must wait for slots that are still read: neither, and the next pass tries again.
         is_any: whether tokens are computed that no decoding sequence computes.
     """
 
@@ -140,6 +140,7 @@ class Scheduler:
         self._start = 0
         self.times: Nanoseconds = np.empty(0, dtype=np.int64)
         self._plan: Nanoseconds = self.times  # their ends
+        self._end = 0  # of the passes before
         self._owed = 0  # of the passes planned, the first from which slots are still to be taken
         self._blocked = False  # the head of the queue waits for another's end
         self._seen = (0, 0, 0)  # prompt tokens of the pass; requests that waited and slots in use when it began
@@ -292,7 +293,10 @@ class Scheduler:
         self._once.clear()
         if decodes:
             self._take(decodes.blocks(self._owed, passes))
-            self.gaps.append((self.times[:passes], len(decodes)))
+            times = self.times[:passes]
+            if self._below is not None and self._start > self._end:  # they stood still, for want of slots
+                times = np.concatenate((times[:1] + (self._start - self._end), times[1:]))
+            self.gaps.append((times, len(decodes)))
             decodes.advance(passes)
         if self.pool.moves:
             self.news.append((end, self.pool.moves))
@@ -303,7 +307,8 @@ class Scheduler:
             prefill, waiting, used = self._seen
             start, batch = self._start / 1e6, len(decodes)
             self.segments.append(Segment(self.worker, start, end / 1e6, prefill, batch, passes, waiting, used))
-        self._start, self._owed = end, 0
+        self._start = self._end = end
+        self._owed = 0
         self._plan, self.times = self._plan[passes:], self.times[passes:]
 
     def cut(self, now: int) -> None:
@@ -346,6 +351,7 @@ class Scheduler:
             if self._below is not None:
                 fetch = self._below.fetch(request, chain, now)
                 if fetch is Fetch.WAIT:
+                    prompts.waits = True
                     return
                 if fetch is Fetch.COMING:
                     self._parked.add(request)
@@ -360,7 +366,8 @@ class Scheduler:
             if not tokens or (prompt - cached > prompts.budget and not engine.chunked_prefill):
                 return
             fresh = pool.acquire(found, -(-(cached + tokens) // size) - len(found))
-            if fresh is None:  # slots are still read
+            if fresh is None:
+                prompts.waits = True
                 return
             self.waiting.remove(request)
             sequence = Sequence(request, self._order, total, known, cached, found)
@@ -473,7 +480,7 @@ class Scheduler:
             runs = sequence.request in decodes
             if runs and decodes.needs_block(sequence) and self._make_room(sequence, 1):
                 if not pool.prepare(1):
-                    earlier = takewhile(lambda each: each is not sequence, decodes)
+                    earlier = islice(decodes, list(decodes).index(sequence))
                     pool.release(decodes.take_back(sum(map(decodes.needs_block, earlier))))
                     prompts.waits = True
                     return
@@ -490,7 +497,7 @@ class Scheduler:
             if victim.joined != NEVER:
                 generated = decodes.length_of(victim) - requests.input_tokens[victim.request]
                 requests.generated[victim.request] = generated
-                requests.last_token[victim.request] = self._start
+                requests.last_token[victim.request] = self._end
             # The first to come has its slot for this pass already, and what it fills can be found.
             self._leave(victim, computed_all=is_fifo and victim is not sequence)
             self.waiting.appendleft(victim.request)

@@ -18,6 +18,7 @@ from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvist.errors import PoolExhausted
 from kvist.sim.config import EngineConfig
@@ -27,6 +28,8 @@ from kvist.sim.records import Segment
 from kvist.sim.requests import NEVER, Requests
 from kvist.sim.scheduler import Ended
 from kvist.sim.timing import Clock, Nanoseconds
+
+Counts = int | NDArray[np.int64]
 
 _LONGEST_JUMP = 4096  # passes planned at once
 _ESTIMATE, _LEAST, _DECAY_PASSES = 0.7, 0.14, 600.0  # of the wanted tokens; of that estimate; passes between the two
@@ -43,6 +46,7 @@ class _Sequence:
         request: its number.
         prompt: tokens of it.
         total: tokens at which it ends.
+        is_servable: whether it can run at all.
         chain: contents of its full pages, as far as they were looked up.
         length: tokens known, at the begin of decode pass ``start`` where it runs.
         computed: tokens that have a place, while its prompt is under way; 0 in the queue.
@@ -56,6 +60,7 @@ class _Sequence:
     request: int
     prompt: int
     total: int
+    is_servable: bool
     chain: list[int]
     length: int
     computed: int = 0
@@ -97,6 +102,22 @@ class _Batch:
     def tokens(self) -> int:
         """New tokens as Dynamo counts them: requests times the mean of each, rounded down."""
         return self.count * (self.lengths // self.count - self.prefixes // self.count)
+
+
+def tokens_needed(engine: EngineConfig, prompts: Counts, totals: Counts) -> NDArray[np.int64]:
+    """More tokens than this must fit into the pool, so that requests are admitted, retracted or not.
+
+    Args:
+        engine: for its block size and the answer that is expected of a sequence.
+        prompts: tokens of each.
+        totals: tokens at which each ends.
+    """
+    size = engine.block_size
+    longest = np.maximum(prompts, np.subtract(totals, 1))  # that it may have when it is admitted
+    end = -(-longest // size) * size
+    # Of the lengths that need as many blocks the shortest has most of its answer to come.
+    answer = np.minimum(totals - np.maximum(prompts, end - size + 1), engine.sglang.clip_max_new_tokens)
+    return np.asarray(end + answer)
 
 
 class RadixScheduler:
@@ -166,11 +187,6 @@ class RadixScheduler:
         return [*self._running, *(sequence.request for sequence in prompts)]
 
     @property
-    def decoding(self) -> list[int]:
-        """Requests that get a token in the pass under way, and had one before."""
-        return list(self._running) if self._batch is None else []
-
-    @property
     def is_idle(self) -> bool:
         """Whether nothing waits or runs."""
         return not (self._queue or self._running or self._batch)
@@ -182,11 +198,14 @@ class RadixScheduler:
         total = prompt + requests.output_tokens[request]
         total = total if limit is None else min(total, limit)
         chain = requests.blocks[request].tolist()
-        self._queue.append(_Sequence(request, prompt, total, chain, prompt))
+        is_servable = limit is None or prompt < limit
+        if is_servable and self.engine.reject_oversized:
+            is_servable = bool(tokens_needed(self.engine, prompt, total) < self.engine.capacity_tokens)
+        self._queue.append(_Sequence(request, prompt, total, is_servable, chain, prompt))
         requests.worker[request] = self.worker
         if not self.is_busy:
             self.wake = max(now, self._ready_at)
-        elif len(self._plan) > 1 and not (self._blocked and limit is None):
+        elif len(self._plan) > 1 and not (self._blocked and is_servable):
             self._cut(now)
 
     def abort(self, request: int, now: int) -> None:
@@ -246,6 +265,8 @@ class RadixScheduler:
         if self._queue:
             self._sort()
             self._batch = self._admit(now)
+            if self._batch is None and not self._running and self._drop_parts(1):
+                self._batch = self._admit(now)
         self._blocked = bool(self._queue) and self._options.schedule_policy == "fifo"
         if self._batch is not None:
             self._plan = np.array([now + self._clock.prefill_ns(self._batch.tokens)], dtype=np.int64)
@@ -271,13 +292,17 @@ class RadixScheduler:
     # Prompts.
 
     def _reject(self) -> None:
-        limit = self.engine.max_model_len
-        if limit is None:
-            return
-        for sequence in [each for each in self._queue if each.prompt >= limit]:
+        for sequence in [each for each in self._queue if not each.is_servable]:
             self._queue.remove(sequence)
             self.requests.rejected[sequence.request] = True
             self._rejected.append(sequence.request)
+
+    def _drop_parts(self, start: int = 0) -> bool:
+        """Where nobody could go on, let the queue from ``start`` give back what is computed of prompts in parts."""
+        parts = [sequence for sequence in list(self._queue)[start:] if sequence.computed]
+        for sequence in parts:
+            self._let_go(sequence, sequence.computed)
+        return bool(parts)
 
     def _sort(self) -> None:
         """Longest prefix in the cache first; of several with one beginning that is not cached, one goes ahead."""
@@ -420,13 +445,14 @@ class RadixScheduler:
         while self._crossings[at] > pool.num_free and len(self._running) > 1:
             self._flush()
             sequence = min(self._running.values(), key=lambda each: self._length_of(each) - each.prompt)
+            if sequence not in self._tokenless:
+                self.requests.last_token[sequence.request] = max(sequence.joined, self._decoded_at)
             length = self._leave(sequence)
             self.requests.generated[sequence.request] = length - sequence.prompt
-            self.requests.last_token[sequence.request] = max(sequence.joined, self._decoded_at)
             self._let_go(sequence, length)
             sequence.length = length
             retracted.append(sequence)
-        if not pool.take(self._crossings[at]):
+        if not pool.take(self._crossings[at]) and not (self._drop_parts() and pool.take(self._crossings[at])):
             raise PoolExhausted(
                 f"worker {self.worker} can not go on: request {next(iter(self._running))} runs alone, and "
                 f"needs a page more than num_blocks ({pool.num_slots}) leaves it"

@@ -7,11 +7,12 @@ array, and the simulator jumps over them.
 
 from __future__ import annotations
 
-import math
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 import numpy as np
@@ -20,6 +21,12 @@ from numpy.typing import NDArray
 from kvist.errors import InvalidInput
 
 Nanoseconds = NDArray[np.int64]
+
+MAX_PASS_MS: Final = 1e7
+"""No pass takes longer: three hours. Of such, int64 nanoseconds hold the sum of 900,000."""
+
+SPEEDUPS: Final = (1e-6, 1e6)
+"""Least and most."""
 
 
 class Timing(ABC):
@@ -62,6 +69,11 @@ class Polynomial(Timing):
     decode: tuple[float, float, float] = (-25.74, 54.01, 5.74)
     least_decode_ms: float = 1.0
 
+    def __post_init__(self) -> None:
+        _require_times(self, "least_decode_ms")
+        _require_coefficients("prefill", self.prefill)
+        _require_coefficients("decode", self.decode, least=-MAX_PASS_MS)
+
     def prefill_ms(self, tokens: int) -> float:
         """See `Timing`."""
         if not tokens:
@@ -82,6 +94,9 @@ class Fixed(Timing):
 
     prefill_each_ms: float = 10.0
     decode_each_ms: float = 10.0
+
+    def __post_init__(self) -> None:
+        _require_times(self, "prefill_each_ms", "decode_each_ms")
 
     def prefill_ms(self, tokens: int) -> float:
         """See `Timing`."""
@@ -107,10 +122,8 @@ class Linear(Timing):
     mixed: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("prefill", "decode"):
-            values = getattr(self, name)
-            if len(values) != 3 or not all(math.isfinite(value) and value >= 0 for value in values):
-                raise InvalidInput(f"{name} must be 3 numbers, each 0 or more; got {values!r}")
+        _require_coefficients("prefill", self.prefill)
+        _require_coefficients("decode", self.decode)
         if not -(self.prefill[2] + self.decode[2]) <= self.mixed <= 0:
             raise InvalidInput(f"mixed_ms must be 0 or less, no pass taking less than nothing; got {self.mixed!r}")
 
@@ -151,7 +164,7 @@ class Table(Timing):
     def __post_init__(self) -> None:
         for name in ("prefill_isl", "decode_active_kv_tokens", "decode_context_length"):
             axis = getattr(self, name)
-            if axis.ndim != 1 or len(axis) < 2 or not (np.diff(axis) > 0).all():
+            if axis.ndim != 1 or len(axis) < 2 or not (np.isfinite(axis).all() and (np.diff(axis) > 0).all()):
                 raise InvalidInput(f"{name} must be 2 or more ascending numbers; got shape {axis.shape}")
         wanted = {
             "prefill_ttft_ms": self.prefill_isl.shape,
@@ -180,6 +193,18 @@ class Table(Timing):
         return np.asarray(np.maximum(low + (high - low) * across, 1.0))
 
 
+def _require_times(timing: Timing, *names: str) -> None:
+    for name in names:
+        value = getattr(timing, name)
+        if not (isinstance(value, int | float) and 0 <= value <= MAX_PASS_MS):
+            raise InvalidInput(f"{name} must be a number of ms, 0 to {MAX_PASS_MS:g}; got {value!r:.80}")
+
+
+def _require_coefficients(name: str, values: tuple[float, ...], least: float = 0.0) -> None:
+    if len(values) != 3 or not all(least <= value <= MAX_PASS_MS for value in values):
+        raise InvalidInput(f"{name} must be 3 numbers, each {least:g} to {MAX_PASS_MS:g}; got {values!r:.80}")
+
+
 _TABLE = ("prefill_isl", "prefill_ttft_ms", "decode_active_kv_tokens", "decode_context_length", "decode_itl")
 
 
@@ -199,15 +224,19 @@ def load_timing(path: Path) -> Timing:
     """
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as found:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
                 return Table(**{name: found[name].astype(np.float64) for name in _TABLE})
         read = msgspec.json.decode(path.read_bytes(), type=_TimingFile)
         return Linear(read.prefill, read.decode, read.mixed_ms)
     except KeyError as missing:
         wanted = ", ".join(_TABLE)
         raise InvalidInput(f"{path}: a profile has the arrays {wanted}; got none of the name {missing}") from None
-    except (OSError, ValueError, InvalidInput) as error:  # msgspec's errors are ValueErrors
+    except (OSError, EOFError, ValueError, RecursionError, zipfile.BadZipFile, zlib.error, InvalidInput) as error:
         raise InvalidInput(f"{path}: {error}") from None
+
+
+_KNOWN_LENGTHS: Final = 2**21
+"""A `Clock` keeps the times of no longer sums of lengths than this: 16 MiB."""
 
 
 class Clock:
@@ -218,6 +247,9 @@ class Clock:
         capacity: tokens that the pool holds.
         speedup: all passes are so much faster.
         decode_speedup: decode passes are faster by this, too.
+
+    Raises:
+        InvalidInput: a pass takes longer than `MAX_PASS_MS`, here or when it is asked for.
     """
 
     def __init__(self, timing: Timing, capacity: int, *, speedup: float = 1.0, decode_speedup: float = 1.0) -> None:
@@ -227,9 +259,10 @@ class Clock:
         self._decode_speedup = speedup * decode_speedup
         self._prefill: dict[int, int] = {}
         self.mixed_ns = round(timing.mixed_ms * 1e6 / speedup)
-        # Dynamo's model and ours for tests depend on the sum of lengths alone: one table serves every batch.
-        lengths = np.arange(capacity + 1, dtype=np.int64)
-        self._by_length = self._decode(1, lengths) if isinstance(timing, Polynomial | Fixed) else None
+        # Dynamo's model and ours for tests depend on the sum of lengths alone, up to the pool's: every batch has the
+        # same times. They are computed as far as they are asked for.
+        self._is_by_length = isinstance(timing, Polynomial | Fixed)
+        self._by_length: Nanoseconds = np.empty(0, dtype=np.int64)
 
     def prefill_ns(self, tokens: int) -> int:
         """One pass over so many new prompt tokens."""
@@ -248,11 +281,23 @@ class Clock:
             passes: 1 or more.
         """
         end = length + batch * passes
-        if self._by_length is not None:
-            if end - batch <= self._capacity:
-                return self._by_length[length:end:batch]
-            return self._by_length[np.minimum(np.arange(length, end, batch), self._capacity)]
-        return self._decode(batch, np.arange(length, end, batch, dtype=np.int64))
+        if not self._is_by_length:
+            return self._decode(batch, np.arange(length, end, batch, dtype=np.int64))
+        last = end - batch
+        if last >= len(self._by_length):
+            self._learn(last)
+        if last < len(self._by_length):
+            return self._by_length[length:end:batch]
+        lengths = np.minimum(np.arange(length, end, batch, dtype=np.int64), self._capacity)
+        return self._by_length[lengths] if len(self._by_length) > self._capacity else self._decode(1, lengths)
+
+    def _learn(self, length: int) -> None:
+        """Keep the times up to a sum of lengths, and of half as many again; none beyond the pool's or the most."""
+        known, most = len(self._by_length), min(self._capacity + 1, _KNOWN_LENGTHS)
+        wanted = min(max(length + 1, known + known // 2, 4096), most)
+        if wanted > known:
+            more = self._decode(1, np.arange(known, wanted, dtype=np.int64))
+            self._by_length = np.concatenate((self._by_length, more))
 
     def _decode(self, batch: int, lengths: NDArray[np.int64]) -> Nanoseconds:
         ms = self._timing.decode_ms(batch, lengths, self._capacity)
@@ -260,6 +305,11 @@ class Clock:
 
     @staticmethod
     def _rounded(ms: NDArray[np.float64], speedup: float) -> Nanoseconds:
+        slowest = ms.max(initial=0.0)
+        if not max(slowest, slowest / speedup) <= MAX_PASS_MS:  # or it is no number
+            raise InvalidInput(
+                f"timing: a pass must take at most {MAX_PASS_MS:g} ms; got {slowest:g} ms, at a speedup of {speedup:g}"
+            )
         whole = _rounded(ms / 1e3)
         return whole if speedup == 1 else _rounded(whole / 1e9 / speedup)
 

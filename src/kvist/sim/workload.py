@@ -25,6 +25,9 @@ ARRIVALS: Final = ("poisson", "constant", "burst")
 MAX_REQUESTS: Final = 10_000_000
 """Of a trace that is made here."""
 
+MAX_BLOCKS: Final = 2**27
+"""Of all its prompts together: 1 GiB."""
+
 
 def _require(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
     if not least <= value <= most:
@@ -110,13 +113,14 @@ class _Scribe:
         streams = (np.random.Generator(np.random.PCG64(one)) for one in np.random.SeedSequence(seed).spawn(4))
         self.arrivals, self.lengths, self.choices, self.delays = streams
         self.trace = TraceBuilder(block_size)
-        self._contents = 0
+        self._contents = self._asked = 0
 
     def grow(self, context: _Context, tokens: int) -> _Context:
         """The context, continued with new content."""
         total = context.tokens + tokens
         wanted = -(-total // self.trace.block_size) - len(context.blocks)
         first, self._contents = self._contents, self._contents + wanted
+        _require_fewer(self._contents)
         return _Context((*context.blocks, *range(first, first + wanted)), total)
 
     def fork(self, context: _Context, tokens: int) -> _Context:
@@ -129,6 +133,8 @@ class _Scribe:
         self, prompt: _Context, output: int, arrival_ms: float | None, previous: int = -1, mean_delay_ms: float = 0.0
     ) -> int:
         """Write a request; what comes after another is delayed by a random time."""
+        self._asked += len(prompt.blocks)
+        _require_fewer(self._asked)
         delay = round(self.delays.exponential(mean_delay_ms), 3) if previous >= 0 else 0.0
         return self.trace.add(
             prompt.tokens, output, prompt.blocks, arrival_ms=arrival_ms, previous=previous, delay_ms=delay
@@ -317,6 +323,11 @@ def documents(
         asked = scribe.fork(texts[rank], message.draw(scribe.lengths))
         scribe.ask(asked, output.draw(scribe.lengths), time)
     return scribe.trace.build("documents")
+
+
+def _require_fewer(blocks: int) -> None:
+    if blocks > MAX_BLOCKS:
+        raise InvalidInput(f"a trace that is made must have at most {MAX_BLOCKS} blocks; got {blocks} or more")
 
 
 def _begin(seed: int, block_size: int, system_tokens: int, mean_delay_ms: float) -> tuple[_Scribe, _Context]:

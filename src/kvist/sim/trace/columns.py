@@ -57,8 +57,8 @@ class Trace:
     request_ids: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise InvalidInput(f"trace {self.name}: block_size: expected 1 or more, got {self.block_size}")
+        if not 1 <= self.block_size <= MAX_TOKENS:
+            raise InvalidInput(f"trace {self.name}: block_size: expected 1 to {MAX_TOKENS}, got {self.block_size}")
         rows = len(self.input_tokens)
         for column in fields(self)[2:]:
             values = getattr(self, column.name)

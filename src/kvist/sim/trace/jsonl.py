@@ -34,8 +34,8 @@ def read_trace(path: str | Path, *, block_size: int | None = None, limit: int | 
         InvalidInput: it holds no request, or a line that is wrong; the message names file, line and field.
     """
     path = Path(path)
-    if block_size is not None and block_size < 1:
-        raise InvalidInput(f"block_size: expected 1 or more, got {block_size}")
+    if block_size is not None and not 1 <= block_size <= MAX_TOKENS:
+        raise InvalidInput(f"block_size: expected 1 to {MAX_TOKENS}, got {block_size}")
     if limit is not None and limit < 1:
         raise InvalidInput(f"limit: expected 1 or more, got {limit}")
     reader = _Reader(TraceBuilder(MOONCAKE_BLOCK_SIZE if block_size is None else block_size), block_size)
@@ -97,23 +97,26 @@ class _Reader:
 
     rows: TraceBuilder
     asked_block_size: int | None
+    is_first_line: bool = True
     first_time: float | None = None
     sessions: dict[str, _Session] = field(default_factory=dict)
 
     def take(self, line: bytes) -> None:
+        is_header = self.is_first_line and b'"kvist_trace"' in line
+        self.is_first_line = False
         try:
-            if not len(self.rows) and b'"kvist_trace"' in line:
+            if is_header:
                 self.header(msgspec.json.decode(line, type=_Header))
             else:
                 self.row(_decode(line))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise _WrongLine(_complaint(error, line)) from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise _WrongLine(_complaint(error, line, _Header if is_header else _Row)) from error
 
     def header(self, header: _Header) -> None:
         if header.kvist_trace != 1:
             raise _WrongLine.field("kvist_trace", "1", header.kvist_trace)
-        if header.block_size < 1:
-            raise _WrongLine.field("block_size", "1 or more", header.block_size)
+        if not 1 <= header.block_size <= MAX_TOKENS:
+            raise _WrongLine.field("block_size", f"1 to {MAX_TOKENS}", header.block_size)
         if self.asked_block_size not in (None, header.block_size):
             raise _WrongLine.field("block_size", f"{self.asked_block_size}, as asked for", header.block_size)
         self.rows.block_size = header.block_size
@@ -184,17 +187,25 @@ def _count(row: _Row, name: str, other: str, least: int) -> int:
     return int(value)
 
 
-def _complaint(error: Exception, line: bytes) -> str:
-    """What msgspec says, with the field first and with what was found."""
+def _complaint(error: Exception, line: bytes, form: type[_Header | _Row]) -> str:
+    """What msgspec says, with the field first and with what was found, where the line can be read that far."""
+    if isinstance(error, RecursionError):
+        return "expected an object of fields, got values within values without end"
     said, _, place = str(error).partition(" - at `$.")
+    if unknown := re.search(r"unknown field `(.*)`", said):
+        return f"{unknown[1][:60]}: expected a field that is known ({', '.join(form.__struct_fields__)}), got this one"
     said = said.replace("Expected", "expected").replace("`", "").replace(" | null", "")
     field_and_index = re.match(r"(\w+)(?:\[(\d+)\])?", place)
     if field_and_index is None:
         return said
     name, index = field_and_index.groups()
-    got = json.loads(line)[name]
-    got = repr(got if index is None else got[int(index)])
-    return f"{field_and_index[0]}: {said.partition(', got')[0]}, got {got if len(got) <= 60 else f'{got[:57]}...'}"
+    said = f"{field_and_index[0]}: {said.partition(', got')[0]}"
+    try:
+        got = json.loads(line)[name]
+        got = repr(got if index is None else got[int(index)])
+    except (ValueError, LookupError, TypeError, RecursionError):  # broken off after it, nested deeply, there twice
+        return said
+    return f"{said}, got {got if len(got) <= 60 else f'{got[:57]}...'}"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -258,7 +269,7 @@ def write_trace(trace: Trace, path: str | Path) -> None:
         case ".zst":
             import zstandard
 
-            write_whole(path, [zstandard.ZstdCompressor().compress(b"".join(lines))])
+            write_whole(path, [zstandard.ZstdCompressor(write_checksum=True).compress(b"".join(lines))])
         case _:
             write_whole(path, lines)
 
