@@ -13,8 +13,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from conftest import PYTHON, hash_seed
 
+from conftest import PYTHON, hash_seed
 from kvist.testing.vllm import OFFLINE, kill_tree
 from kvist.testing.worker import free_port
 
