@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 from typing import Protocol
@@ -33,7 +34,7 @@ class Worker(Protocol):
         """Carry out the passes that have ended by now."""
 
 
-class Router:
+class Router(ABC):
     """Who serves a request, and what happens between workers.
 
     Attributes:
@@ -48,9 +49,9 @@ class Router:
         """When `act` is next due by itself."""
         return None
 
+    @abstractmethod
     def route(self, request: int, now: int) -> int:
         """The worker, or the rank of one, for a request that comes now."""
-        raise NotImplementedError
 
     def ended(self, worker: int, ended: Ended, now: int) -> None:
         """A step of a worker is over."""

@@ -10,18 +10,16 @@ keeps as much of its head.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from kvist.blocks.policy import POLICIES, Belady, Policy, make_policy
-from kvist.errors import EngineError, InvalidInput
+from kvist.errors import InvalidInput
 from kvist.sim.chains import Chains, chains
+from kvist.sim.processes import Progress, told, workers
 from kvist.sim.stack import lru_hits, most_hits
 from kvist.sim.trace import Trace
 
@@ -40,8 +38,6 @@ _LITTLE: Final = 2_000_000
 
 _LEAST_PART: Final = 1000
 """The smallest default capacity is this part of the largest."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,24 +187,9 @@ class Requests:
 def _run(found: Chains, tasks: Sequence[tuple[str, int]], jobs: int, progress: Progress | None) -> list[int]:
     if jobs == 1 or len(tasks) * len(found.ids) < _LITTLE:
         requests = Requests(found)
-        return _tell(progress, (requests.hits(*task) for task in tasks), len(tasks))
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy whatever threads of the caller hold
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_keep, initargs=(found,)) as pool:
-        try:
-            return _tell(progress, pool.map(_hits_of_kept, tasks), len(tasks))
-        except BrokenProcessPool as error:
-            raise EngineError(
-                "a process that replayed ended by itself, perhaps for want of memory", hint="use fewer --jobs"
-            ) from error
-
-
-def _tell(progress: Progress | None, results: Iterable[int], total: int) -> list[int]:
-    done = []
-    for result in results:
-        done.append(result)
-        if progress is not None:
-            progress(len(done), total)
-    return done
+        return told((requests.hits(*task) for task in tasks), len(tasks), progress)
+    with workers(jobs, _keep, (found,), progress) as do:
+        return do(_hits_of_kept, tasks)
 
 
 _kept: Requests

@@ -189,7 +189,7 @@ def _ms(times: list[int]) -> np.ndarray:
 def _weighted(gaps: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
     if not gaps:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    # A time and its weight share a number, as sorting numbers is several times faster than sorting by an index.
+    # A time and its weight share a number, as numbers are sorted faster than an index of them.
     bits = max(batch for _, batch in gaps).bit_length()
     keys = np.concatenate([times for times, _ in gaps]) << bits
     keys |= np.repeat([batch for _, batch in gaps], [len(times) for times, _ in gaps])

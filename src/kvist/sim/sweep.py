@@ -10,10 +10,7 @@ import importlib
 import io
 import itertools
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -23,11 +20,10 @@ import numpy as np
 
 from kvist.errors import InvalidInput, KvistError
 from kvist.sim.config import ClusterConfig, EngineConfig
+from kvist.sim.processes import Progress, told, workers
 from kvist.sim.replay import replay
 from kvist.sim.report import Report, Sla
 from kvist.sim.trace import Trace
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,25 +85,15 @@ def local(trace: Trace, *, sla: Sla | None = None, jobs: int = 1, progress: Prog
 
     Raises:
         InvalidInput: less than 1 process.
-        KvistError: from the runner: a process ended by itself.
+        EngineError: from the runner: a process ended by itself.
     """
     if jobs < 1:
         raise InvalidInput(f"jobs must be 1 or more; got {jobs}")
     if jobs == 1:
-        yield lambda setups: _tell(progress, (simulate(trace, setup, sla) for setup in setups), len(setups))
+        yield lambda setups: told((simulate(trace, setup, sla) for setup in setups), len(setups), progress)
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy whatever threads of the caller hold
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_keep, initargs=(trace, sla)) as pool:
-
-        def run(setups: Sequence[Setup]) -> list[Row]:
-            try:
-                return _tell(progress, pool.map(_simulate_kept, setups), len(setups))
-            except BrokenProcessPool as error:
-                raise KvistError(
-                    "a process of the sweep ended by itself, perhaps for want of memory", hint="use fewer --jobs"
-                ) from error
-
-        yield run
+    with workers(jobs, _keep, (trace, sla), progress) as do:
+        yield lambda setups: do(_simulate_kept, setups)
 
 
 @contextmanager
@@ -137,7 +123,7 @@ def on_ray(trace: Trace, address: str, *, sla: Sla | None = None, progress: Prog
 
         def run(setups: Sequence[Setup]) -> list[Row]:
             started = [task.remote(held, setup, limits) for setup in setups]
-            return _tell(progress, (_get(one) for one in started), len(started))
+            return told((_get(one) for one in started), len(started), progress)
 
         def _get(one: Any) -> Row:
             try:
@@ -171,15 +157,6 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
-
-
-def _tell(progress: Progress | None, rows: Iterator[Row], total: int) -> list[Row]:
-    done = []
-    for row in rows:
-        done.append(row)
-        if progress is not None:
-            progress(len(done), total)
-    return done
 
 
 _kept: tuple[Trace, Sla | None]
