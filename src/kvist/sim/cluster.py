@@ -53,6 +53,7 @@ class Router(ABC):
     def route(self, request: int, now: int) -> int:
         """The worker, or the rank of one, for a request that comes now."""
 
+    @abstractmethod
     def ended(self, worker: int, ended: Ended, now: int) -> None:
         """A step of a worker is over."""
 
@@ -73,6 +74,9 @@ class RoundRobin(Router):
         target = self._order[self._next]
         self._next = (self._next + 1) % len(self._order)
         return target
+
+    def ended(self, worker: int, ended: Ended, now: int) -> None:
+        """Changes no turn."""
 
 
 class Arrivals:
