@@ -3,9 +3,12 @@
     KvistError
     ├── InvalidInput            the caller's argument cannot be right
     │   ├── InvalidName         a ref, sequence or object name that is not allowed
-    │   └── InvalidManifest     bytes that are not a canonical or known manifest, snapshot or config
+    │   ├── InvalidManifest     bytes that are not a canonical or known manifest, snapshot or config
+    │   └── InvalidCartridge    files that are no cartridge, or a checkpoint that cannot become one
+    │       └── UnsafeCheckpoint    to read it would run code
     ├── NotFound                the named thing is not there
-    │   └── RepositoryNotFound
+    │   ├── RepositoryNotFound
+    │   └── UnknownCartridge    no cartridge is registered by that id
     ├── AlreadyExists           create-only, and it is there
     ├── Conflict                somebody else changed it first, or holds it
     │   └── Locked
@@ -13,11 +16,13 @@
     ├── IntegrityError          stored bytes are not what their name says
     │   ├── DamagedPage
     │   ├── MissingPage
-    │   └── DamagedObject
+    │   ├── DamagedObject
+    │   └── DamagedCartridge
     ├── StoreError              the storage below refused
     │   └── StoreFull
     └── EngineError             the engine cannot do it now, or at all
         ├── PoolExhausted
+        ├── ResidencyFull
         └── UnsupportedModel
 
 Handlers match on the class; programs that read our output match on ``kind``, whose values never change meaning.
@@ -66,6 +71,19 @@ class InvalidManifest(InvalidInput):
     exit_code = 20
 
 
+class InvalidCartridge(InvalidInput):
+    """Files that are no cartridge we can trust, or a checkpoint that cannot become one."""
+
+    kind = "invalid_cartridge"
+    exit_code = 20
+
+
+class UnsafeCheckpoint(InvalidCartridge):
+    """A checkpoint that cannot be read without running code from it; nothing of it was run."""
+
+    kind = "unsafe_checkpoint"
+
+
 class NotFound(KvistError):
     """The named thing does not exist."""
 
@@ -78,6 +96,12 @@ class RepositoryNotFound(NotFound):
 
     kind = "repository_not_found"
     exit_code = 10
+
+
+class UnknownCartridge(NotFound):
+    """No cartridge is configured or registered by that id."""
+
+    kind = "unknown_cartridge"
 
 
 class AlreadyExists(KvistError):
@@ -132,6 +156,12 @@ class DamagedObject(IntegrityError):
     kind = "damaged_object"
 
 
+class DamagedCartridge(IntegrityError):
+    """A cartridge's file whose bytes are not those that its manifest names, or that holds numbers that are none."""
+
+    kind = "damaged_cartridge"
+
+
 class StoreError(KvistError):
     """The storage below refused an operation."""
 
@@ -156,6 +186,12 @@ class PoolExhausted(EngineError):
     """The engine's pool has too few free slots; retry when sequences have ended."""
 
     kind = "pool_exhausted"
+
+
+class ResidencyFull(EngineError):
+    """What is resident is in use, and leaves no room; retry when requests have ended, or give it more."""
+
+    kind = "residency_full"
 
 
 class UnsupportedModel(EngineError):

@@ -28,6 +28,9 @@ EXTRAS: Final = {
     "jinja2": "sim",
     "prometheus_client": "mock",
     "ray": "ray",
+    "safetensors": "cartridge",
+    "sqlalchemy": "cartridge",
+    "huggingface_hub": "cartridge",
 }
 """Packages that an extra of ours brings, for the hint when one is missing; all others: the extra `all`."""
 
@@ -45,6 +48,9 @@ SECTIONS: Final[dict[str, dict[str, Lazy]]] = {
         "fork": Lazy("kvist.cli.names:fork", "Make branches that continue a snapshot; copies nothing."),
         "branch": Lazy("kvist.cli.names:branch", "List, make, move or delete branches."),
         "tag": Lazy("kvist.cli.names:tag", "List, make or delete tags."),
+    },
+    "Cartridges": {
+        "cartridge": Lazy("kvist.cli.cartridge:cartridge", "Build, train, register and check KV prefixes."),
     },
     "Engine": {
         "serve": Lazy("kvist.cli.serve:serve", "Serve a model with an OpenAI-compatible API."),

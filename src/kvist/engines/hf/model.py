@@ -28,7 +28,7 @@ from kvist.engines.hf.cache import PagedCache
 from kvist.engines.hf.load import max_positions, open_model, probe
 from kvist.engines.hf.pool import PagePool
 from kvist.engines.hf.sampling import Row
-from kvist.engines.revision import revision
+from kvist.hashing.weights import revision
 from kvist.errors import UnsupportedModel
 from kvist.layout import Layout
 

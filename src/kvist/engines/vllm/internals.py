@@ -22,7 +22,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 import vllm
-from kvist.engines.revision import revision
+from kvist.hashing.weights import revision
 from kvist.errors import EngineError, UnsupportedModel
 from kvist.layout import Layout
 
