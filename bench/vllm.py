@@ -15,39 +15,50 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import itertools
 import json
 import os
 import random
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from asking import (  # noqa: E402
+    CORES,
+    Answer,
+    Limits,
+    Row,
+    first_token,
+    has_bfloat16,
+    ids,
+    median,
+    only,
+    ratio,
+    read_all,
+    show,
+    wake,
+)
+
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]  # this file is named vllm too
 os.environ["PYTHONSAFEPATH"] = "1"
 
 from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
-from kvist.repo import Repository  # noqa: E402
 from kvist.testing.models import SHAPES, make_shape  # noqa: E402
 from kvist.testing.vllm import IN_PROCESS, OFFLINE, Stream, VllmServer, transfer_config  # noqa: E402
 
 PARTS = ("first-token", "snapshot", "idle", "peers")
 BLOCK = 32
-CORES = os.cpu_count() or 1
 CHECKOUT, SNAPSHOT = "/v1/processfork/checkout", "/v1/processfork/snapshot"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,106 +92,8 @@ class Setup:
             yield started
 
 
-class Answer(NamedTuple):
-    ms: float
-    cached: int
-
-
-def first_token(server: VllmServer, prompt: Sequence[int] | None, name: str | None = None, **fields: Any) -> Answer:
-    """Ask for one token; what comes back before it can be read is not what takes time."""
-    body = {"max_tokens": 1, "temperature": 0, "ignore_eos": True, **fields}
-    body |= {} if prompt is None else {"prompt": list(prompt)}
-    started = time.perf_counter()
-    got = server.http.post("/v1/completions", json=body, headers={} if name is None else {"X-Request-Id": name})
-    ms = (time.perf_counter() - started) * 1e3
-    if got.status_code != 200:
-        raise RuntimeError(f"status {got.status_code}: {got.text}\n{server.log[-4000:]}")
-    details = got.json()["usage"].get("prompt_tokens_details") or {}
-    return Answer(ms, details.get("cached_tokens") or 0)
-
-
-def wake(server: VllmServer) -> None:
-    """Let it run a little: one that slept while others had their turns would answer later than one that did not."""
-    first_token(server, ids(40, random.random()))
-
-
 def snapshot_token(server: VllmServer, cid: str) -> Answer:
     return first_token(server, None, kv_transfer_params={"snapshot": cid})
-
-
-def ids(count: int, seed: object) -> list[int]:
-    generator = random.Random(f"{count}/{seed}")
-    return [generator.randrange(7, 300) for _ in range(count)]
-
-
-def timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
-def ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """The median of the ratios of each turn."""
-    return median([a / b for a, b in zip(over, under, strict=True)])
-
-
-def only(values: Sequence[int]) -> int | str:
-    """The one value that all repetitions gave."""
-    found = sorted(set(values))
-    return found[0] if len(found) == 1 else "/".join(map(str, found))
-
-
-def read_all(directory: Path) -> None:
-    """Bring every file below into the page cache: what was written past it would be read from the disk."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                while file.read(8 << 20):
-                    pass
-
-
-class Limits:
-    """What the machine does with as many bytes as a snapshot has, in this process, while all servers are idle."""
-
-    def __init__(self, directory: Path, most: int, page: int) -> None:
-        """``most`` bytes at most, in pages of ``page`` bytes."""
-        self._directory, self._page, self._runs = directory, page, 0
-        self._data, self._out = bytearray(os.urandom(most)), bytearray(most)
-        self._out[:] = self._data  # touched once
-
-    def memcpy_s(self, nbytes: int) -> float:
-        """Copy them, on as many threads as there are cores."""
-        share = nbytes // CORES
-        source = [(ctypes.c_char * share).from_buffer(self._data, i * share) for i in range(CORES)]
-        target = [(ctypes.c_char * share).from_buffer(self._out, i * share) for i in range(CORES)]
-        threads = [threading.Thread(target=ctypes.memmove, args=(target[i], source[i], share)) for i in range(CORES)]
-
-        def work() -> None:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-
-        return timed(work)
-
-    def store_s(self, nbytes: int) -> tuple[float, float]:
-        """Put them into a new repository until they are durable, and get them back verified; seconds of each."""
-        self._runs += 1
-        place = self._directory / f"limit-{self._runs}"
-        pages = [memoryview(self._data)[at : at + self._page] for at in range(0, nbytes - self._page + 1, self._page)]
-        outs = [memoryview(self._out)[at : at + self._page] for at in range(0, nbytes - self._page + 1, self._page)]
-        for at in range(0, nbytes, self._page):  # pages never stored before
-            self._data[at : at + 8] = random.randbytes(8)
-        with Repository.init(place.as_uri()) as repo:
-            put = []
-            put_s = timed(lambda: put.append(repo.put_pages(pages)))
-            read_all(place)
-            get_s = timed(lambda: repo.get_pages(put[0].digests, outs))
-        return put_s, get_s
 
 
 def page_bytes(answer: Row) -> int:
@@ -515,16 +428,6 @@ def probe(setup: Setup, name: str) -> Row:
 # -- all of it -----------------------------------------------------------------------------------------------------
 
 
-def show(console: Console, title: str, rows: list[Row]) -> None:
-    columns = [key for key in rows[0] if not isinstance(rows[0][key], dict)]
-    for row in rows[1:]:
-        columns += [key for key in row if key not in columns and not isinstance(row[key], dict)]
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(f"{v:,.2f}" if isinstance(v := row.get(key), float) else str(v or "-") for key in columns))
-    console.print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
@@ -541,12 +444,9 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: expected of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     console = Console(width=max(180, Console().width))
-    cpu = Path("/proc/cpuinfo").read_text()
-    has_bfloat16 = "avx512_bf16" in cpu or "amx_bf16" in cpu
-    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if has_bfloat16 else "float32"
-    console.print(
-        f"{CORES} cores, {'with' if has_bfloat16 else 'without'} bfloat16 instructions; {args.shape}, {dtype}\n"
-    )
+    is_fast = has_bfloat16()
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if is_fast else "float32"
+    console.print(f"{CORES} cores, {'with' if is_fast else 'without'} bfloat16 instructions; {args.shape}, {dtype}\n")
     result: dict[str, Any] = {
         "arguments": {key: str(value) for key, value in vars(args).items()},
         "cores": CORES,

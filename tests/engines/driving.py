@@ -36,7 +36,7 @@ def trace(outputs: list[StepOutput]) -> Trace:
 
 
 def run(engine: Engine, token_ids: list[int], max_tokens: int = 8, **changes: Any) -> Trace:
-    names = {name: changes.pop(name) for name in ("sequence_id", "resume") if name in changes}
+    names = {name: changes.pop(name) for name in ("sequence_id", "resume", "cartridge") if name in changes}
     return trace(engine.submit(token_ids, params(max_tokens, **changes), **names).result())
 
 

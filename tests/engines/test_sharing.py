@@ -9,6 +9,7 @@ import pytest
 
 from kvist.engines.hf import Engine, HfPager
 from kvist.errors import Conflict, InvalidInput, NotFound
+from kvist.hashing import block_root
 
 from .driving import page_bytes, params, prompt, run, trace
 
@@ -196,7 +197,7 @@ def test_many_residents_do_not_slow_admission(load: Load, monkeypatch: pytest.Mo
     for n in range(20):
         run(engine, trunk + prompt(3, seed=n + 1), 1)
     monkeypatch.setattr("kvist.engines.hf.scheduler._CANDIDATES", 4)
-    assert len(engine.scheduler.residents.after(b"", 1000)) == 60
+    assert len(engine.scheduler.residents.after(block_root(), 1000)) == 60
     request = engine.submit(trunk + prompt(3, seed=20), params(1))
     request.result()
     assert request.cached_tokens == 18

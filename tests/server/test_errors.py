@@ -38,6 +38,8 @@ def test_every_error_has_a_status() -> None:
         "RepositoryNotFound": 404, "AlreadyExists": 409, "Conflict": 409, "Locked": 409, "LayoutMismatch": 409,
         "IntegrityError": 500, "DamagedPage": 500, "MissingPage": 500, "DamagedObject": 500, "StoreError": 503,
         "StoreFull": 507, "EngineError": 503, "PoolExhausted": 503, "UnsupportedModel": 501,
+        "InvalidCartridge": 422, "UnsafeCheckpoint": 422, "UnknownCartridge": 404, "DamagedCartridge": 500,
+        "ResidencyFull": 503,
     }  # fmt: skip
     assert STATUS[BodyTooLarge] == 413
 

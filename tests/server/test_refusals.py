@@ -46,7 +46,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": "a", "stream": True, "stream_options": {"more": 1}}, "stream_options.more"),
         ({"prompt": "a", "kvist": {"logit": True}}, "kvist.logit"),
-        ({"prompt": "a", "kv_transfer_params": {}}, "kv_transfer_params.snapshot"),
+        ({"prompt": "a", "kv_transfer_params": {"sequence": "x"}}, "kv_transfer_params.snapshot"),
         ({"prompt": "a", "kv_transfer_params": {"snapshot": 5}}, "kv_transfer_params.snapshot"),
         ({"prompt": "a", "messages": []}, "messages"),
         ({"prompt": "a", "colour": "red"}, "colour"),

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def start() -> Iterator[Callable[..., VllmServer]]:
     """Starts a server; what is left of it at the end of the session is killed, also if that is ended by SIGTERM."""
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-    def start(model: Path, store: str | None, *options: str, **settings: Any) -> VllmServer:
+    def start(model: Path, store: str | None = None, *options: str, **settings: Any) -> VllmServer:
         env = hash_seed() | settings.pop("env", {})
         if "--max-model-len" not in options:
             options = ("--max-model-len", "4096", *options)
@@ -118,8 +118,8 @@ def start() -> Iterator[Callable[..., VllmServer]]:
 def run_offline() -> Callable[..., Any]:
     """`run_in_process` with the interpreter that has vLLM."""
 
-    def run(script: str, *arguments: Any, **settings: Any) -> Any:
-        return run_in_process(script, *arguments, python=PYTHON, env=hash_seed(), **settings)
+    def run(script: str, *arguments: Any, env: Mapping[str, str] | None = None) -> Any:
+        return run_in_process(script, *arguments, python=PYTHON, env={**hash_seed(), **(env or {})})
 
     return run
 

@@ -30,6 +30,7 @@ EXTRAS: Final = {
     "ray": "ray",
     "safetensors": "cartridge",
     "sqlalchemy": "cartridge",
+    "psycopg": "postgres",
     "huggingface_hub": "cartridge",
 }
 """Packages that an extra of ours brings, for the hint when one is missing; all others: the extra `all`."""

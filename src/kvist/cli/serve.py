@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvist.cli.invocation import Invocation, common
+
+if TYPE_CHECKING:
+    from kvist.engines.hf import Engine
+    from kvist.server.offer import Offer
+
+
+def _named(text: str) -> dict[str, str]:
+    """``ID=PATH``."""
+    cartridge_id, found, path = text.partition("=")
+    if not (found and cartridge_id and path):
+        raise click.BadParameter(f"expected ID=PATH, got {text!r:.200}")
+    return {"cartridge_id": cartridge_id, "path": path}
+
+
+def _extra(cartridges: list[dict[str, str]], registry: str | None, config: str | None) -> dict[str, Any]:
+    """The options as one configuration; empty where none is given."""
+    try:
+        extra = json.loads(config or "{}")
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON: {error}", param_hint="--cartridge-config") from None
+    if not isinstance(extra, dict):
+        raise click.BadParameter("expected a JSON object", param_hint="--cartridge-config")
+    given = {"cartridges": cartridges, "registry": registry}
+    for name, value in given.items():
+        if value and name in extra:
+            raise click.BadParameter(f"has {name}, which an option gives too", param_hint="--cartridge-config")
+    return extra | {name: value for name, value in given.items() if value}
+
+
+@contextlib.contextmanager
+def _offering(engine: Engine, extra: dict[str, Any]) -> Iterator[Offer | None]:
+    """The cartridges that a configuration names, open; ``None`` where it names none."""
+    if not extra:
+        yield None
+        return
+    from kvist.cartridge.config import CartridgeConfig
+    from kvist.server.offer import open_offer
+
+    offer = open_offer(engine, CartridgeConfig.from_extra(extra))
+    try:
+        yield offer
+    finally:
+        if offer.library is not None:
+            offer.library.close()
 
 
 @click.command(short_help="Serve a model with an OpenAI-compatible API.")
@@ -28,6 +76,21 @@ from kvist.cli.invocation import Invocation, common
 )
 @click.option("--max-model-len", default=None, type=click.IntRange(1), help="Tokens a sequence may have.")
 @click.option(
+    "--cartridge",
+    "cartridges",
+    multiple=True,
+    metavar="ID=PATH",
+    callback=lambda _, __, given: [_named(text) for text in given],
+    help="A cartridge that requests may begin with; where there is only one, those that name none use it. Repeatable.",
+)
+@click.option("--registry", default=None, metavar="URL", help="Registry of cartridges that come and go while it runs.")
+@click.option(
+    "--cartridge-config",
+    default=None,
+    metavar="JSON",
+    help="More settings, with the keys of the connector's kv_connector_extra_config (router, prefix, unknown, …).",
+)
+@click.option(
     "--log-level",
     default="warning",
     show_default=True,
@@ -47,6 +110,9 @@ def serve(
     served_model_name: str | None,
     layout_model: str | None,
     max_model_len: int | None,
+    cartridges: list[dict[str, str]],
+    registry: str | None,
+    cartridge_config: str | None,
     log_level: str,
 ) -> None:
     """Serve a model with an OpenAI-compatible API, and snapshot, fork and check out its KV cache.
@@ -73,9 +139,16 @@ def serve(
             max_model_len=max_model_len,
         )
         tokenizer = Tokenizer.load(model)
-        with engine:
+        extra = _extra(cartridges, registry, cartridge_config)
+        with engine, _offering(engine, extra) as offer:
             app = create_app(
-                engine, repo, pager=HfPager, params=SamplingParams, tokenizer=tokenizer, name=served_model_name
+                engine,
+                repo,
+                pager=HfPager,
+                params=SamplingParams,
+                tokenizer=tokenizer,
+                name=served_model_name,
+                offer=offer,
             )
 
             def ready() -> None:

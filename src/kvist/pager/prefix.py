@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -179,6 +179,11 @@ class PrefixCache:
     def __len__(self) -> int:
         """How many blocks can be found."""
         return len(self._blocks)
+
+    def __iter__(self) -> Iterator[Key]:
+        """The blocks that can be found now, in no order."""
+        with self._lock:
+            return iter(tuple(self._blocks))
 
     def missing(self, group: int, blocks: Iterable[str]) -> list[str]:
         """Those that neither can be found nor wait for a flush: what is worth copying out of an engine."""

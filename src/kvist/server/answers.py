@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ class Answer:
         token_ids: whether to send ids.
         logits: whether to send rows of logits.
         echo: text to put before each choice's own, by choice; empty: none.
+        transfer: what to tell as ``kv_transfer_params``, in the whole answer or the first chunk; empty: nothing.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Answer:
     token_ids: bool = False
     logits: bool = False
     echo: Sequence[str] = ()
+    transfer: Mapping[str, Any] = field(default_factory=dict)
     _opened: set[int] = field(default_factory=set)
 
     whole: ClassVar[str]
@@ -42,11 +44,16 @@ class Answer:
 
     def document(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
         """The whole answer."""
-        return self._frame(self.whole, choices) | {"usage": usage} | more
+        return self._frame(self.whole, choices) | {"usage": usage} | self._told() | more
 
     def chunk(self, choices: list[dict[str, Any]], **usage: Any) -> dict[str, Any]:
         """One event of a stream."""
-        return self._frame(self.part, choices) | usage
+        return self._frame(self.part, choices) | usage | self._told()
+
+    def _told(self) -> dict[str, Any]:
+        """What is told of the cartridge, the first time."""
+        told, self.transfer = self.transfer, {}
+        return {"kv_transfer_params": told} if told else {}
 
     def is_worth_sending(self, piece: Piece) -> bool:
         """Whether a chunk for ``piece`` would say anything."""

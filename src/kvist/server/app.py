@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from starlette.routing import Route
 
 import kvist
 from kvist.server.errors import error_response
+from kvist.server.offer import Offer
 from kvist.server.openai import OpenAI, Requests
 from kvist.server.plan import Served
 from kvist.server.schema import BODY_MAX
@@ -35,6 +37,7 @@ def create_app(
     params: Callable[..., SamplingParams],
     tokenizer: Tokenizer | None = None,
     name: str | None = None,
+    offer: Offer | None = None,
     body_max: int = BODY_MAX,
 ) -> Starlette:
     """The application over a started engine. The caller owns engine and repository, and closes them.
@@ -46,12 +49,14 @@ def create_app(
         params: the engine's class of sampling parameters.
         tokenizer: ``None``: only token ids can be sent.
         name: what clients call the model; default the layout's model name.
+        offer: the cartridges that requests may use, and how they choose; default those that the engine was given.
         body_max: largest request body, in bytes.
     """
     served = Served(
         name=name or engine.layout.model or "model",
         engine=engine,
         sessions=Sessions(engine, repo, lambda: pager(engine)),
+        offer=offer or Offer(engine),
         params=params,
         tokenizer=tokenizer,
         body_max=body_max,
@@ -74,12 +79,26 @@ def create_app(
         ("GET", "/v1/processfork/sequences", snapshots.sequences),
         ("DELETE", "/v1/processfork/sequences/{id:path}", snapshots.drop),
     ]
+    more = _cartridge_routes(engine, served.offer, body_max)
     app = Starlette(
-        routes=[Route(path, guarded(endpoint), methods=[method]) for method, path, endpoint in routes],
+        routes=more + [Route(path, guarded(endpoint), methods=[method]) for method, path, endpoint in routes],
         exception_handlers={HTTPException: _http_error},
     )
     app.state.served = served
     return app
+
+
+def _cartridge_routes(engine: Engine, offer: Offer, body_max: int) -> list[Route]:
+    library = offer.library
+    if library is None:
+        return []
+    from kvist.server.cartridges import cartridge_routes  # needs a database's client, and other servers do not
+
+    async def stats(_: Request) -> Response:
+        return json_response({"ranks": [dataclasses.asdict(engine.cartridges.metrics())]})
+
+    routes = cartridge_routes(lambda: library, body_max=body_max)
+    return [Route("/v1/kvist/stats", guarded(stats), methods=["GET"]), *routes]
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

@@ -15,12 +15,14 @@ from kvist.errors import (
     Conflict,
     EngineError,
     IntegrityError,
+    InvalidCartridge,
     InvalidInput,
     InvalidManifest,
     KvistError,
     LayoutMismatch,
     NotFound,
     PoolExhausted,
+    ResidencyFull,
     StoreError,
     StoreFull,
     UnsupportedModel,
@@ -57,6 +59,7 @@ STATUS: Final[dict[type[KvistError], int]] = {
     InvalidInput: 400,
     BodyTooLarge: 413,
     InvalidManifest: 422,
+    InvalidCartridge: 422,
     NotFound: 404,
     AlreadyExists: 409,
     Conflict: 409,
@@ -66,6 +69,7 @@ STATUS: Final[dict[type[KvistError], int]] = {
     StoreFull: 507,
     EngineError: 503,
     PoolExhausted: 503,
+    ResidencyFull: 503,
     UnsupportedModel: 501,
     NoConnector: 501,
     KvistError: 500,
@@ -100,7 +104,7 @@ def error_response(error: Exception, form: Envelope = envelope) -> Response:
     headers: dict[str, str]
     if isinstance(error, KvistError):
         status = status_of(error)
-        headers = {"Retry-After": _RETRY_AFTER_S} if isinstance(error, PoolExhausted) else {}
+        headers = {"Retry-After": _RETRY_AFTER_S} if isinstance(error, PoolExhausted | ResidencyFull) else {}
         if status >= 500:
             log.warning("%s: %s", error.kind, error)
     elif isinstance(error, HTTPException):

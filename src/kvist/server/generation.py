@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from blake3 import blake3
 
+from kvist.cartridge.placing import Prefix
 from kvist.server.text import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
@@ -29,12 +30,13 @@ class Start:
     """Where a choice starts.
 
     Attributes:
-        token_ids: all ids before the first generated one.
+        token_ids: all ids before the first generated one, but for those of a cartridge placed before them.
         params: how to go on.
         resume: a sequence in the engine to continue with its generator, of which ``token_ids`` are the ids and
             ``extra`` more; ``None`` for a new one.
         extra: how many of ``token_ids`` the resumed sequence does not have.
         override: sampling parameters that the resumed sequence does not keep.
+        cartridge: what a new one begins with.
     """
 
     token_ids: Sequence[int]
@@ -42,6 +44,7 @@ class Start:
     resume: str | None = None
     extra: int = 0
     override: Mapping[str, Any] = field(default_factory=dict)
+    cartridge: Prefix | None = None
 
 
 class Step(Protocol):
@@ -125,6 +128,7 @@ class Choice:
             sequence_id=self.sequence_id,
             resume=start.resume,
             override=start.override,
+            cartridge=start.cartridge,
             on_step=self._on_event,
         )
         self._submitted.set()

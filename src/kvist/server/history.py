@@ -114,9 +114,10 @@ def parts_of_rank(manifests: list[Manifest], rank: int) -> list[Manifest]:
 
 
 def sequence_record(seq: LogicalSeq, manifest: Manifest) -> dict[str, Any]:
-    """How answers tell of a sequence: its name, ids and those of them whose KV the pages hold."""
+    """How answers tell of a sequence: its name, ids and those of them whose KV the pages hold, and its cartridge."""
     cached = seq.cached_tokens(manifest.layout.page_size_tokens)
-    return {"id": seq.id, "tokens": len(seq.token_ids) or cached, "cached_tokens": cached}
+    record = {"id": seq.id, "tokens": len(seq.token_ids) or cached, "cached_tokens": cached}
+    return record | {"cartridge": seq.state["cartridge"]} if "cartridge" in seq.state else record
 
 
 def _layout(manifest: Manifest) -> dict[str, Any]:

@@ -139,6 +139,7 @@ class OpenAI:
             logprobs=body.logprobs is not None and body.logprobs is not False,
             token_ids=bool(body.return_token_ids),
             logits=body.wants_logits,
+            transfer={} if plan.cartridge is None else {"cartridge": plan.cartridge.to_dict()},
             echo=[self._echo(body, ids) for ids in prompts] if isinstance(body, CompletionBody) and body.echo else (),
         )
 

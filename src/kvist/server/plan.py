@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from kvist.cartridge.placing import Prefix
 from kvist.errors import NotFound
 from kvist.server.errors import BadRequest
 from kvist.server.generation import SEEDS, Start, derived_seed, fresh_seed
+from kvist.server.offer import Offer
 from kvist.server.prompts import prompt_field, prompts_of
-from kvist.server.schema import ChatBody, CompletionBody, GenerationBody
+from kvist.server.schema import ChatBody, CompletionBody, GenerationBody, Transfer
 from kvist.server.sessions import Session, Sessions
 from kvist.server.tokenizer import Tokenizer
 
@@ -37,6 +39,7 @@ class Served:
         engine: runs already.
         sessions: relates it to the repository.
         params: the engine's class of sampling parameters.
+        offer: the cartridges that requests may use.
         tokenizer: ``None``: only token ids can be sent.
         body_max: largest body, in bytes.
     """
@@ -44,6 +47,7 @@ class Served:
     name: str
     engine: Engine
     sessions: Sessions
+    offer: Offer
     params: Callable[..., SamplingParams]
     tokenizer: Tokenizer | None
     body_max: int
@@ -61,11 +65,13 @@ class Plan:
         starts: by choice; the choices of one prompt lie together.
         prompts: how many prompts.
         session: the snapshot's sequence that they continue, if they do.
+        cartridge: what they begin with; of several prompts the first one.
     """
 
     starts: list[Start]
     prompts: int
     session: Session | None
+    cartridge: Prefix | None = None
 
 
 def make_plan(served: Served, body: CompletionBody | ChatBody) -> Plan:
@@ -77,26 +83,59 @@ def make_plan(served: Served, body: CompletionBody | ChatBody) -> Plan:
     """
     if body.model is not None and body.model != served.name:
         raise NotFound(f"this server has no model {body.model!r:.200}, it has {served.name!r}")
-    transfer = body.kv_transfer_params
-    session = served.sessions.session(transfer.snapshot, transfer.sequence) if transfer is not None else None
+    session = _session(served, body.kv_transfer_params)
     prompts = prompts_of(served.tokenizer, body)
     if session is None and not all(prompts):
         raise BadRequest(f"{prompt_field(body)}: expected at least one token, got none", param=prompt_field(body))
     n = body.n or 1
     if n * len(prompts) > _CHOICES_MAX:
         raise BadRequest(f"n: expected at most {_CHOICES_MAX} choices in all, got {n * len(prompts)}", param="n")
-    starts = [_start(served, body, ids, session, number) for ids in prompts for number in range(n)]
+    if session is not None:
+        cartridges = [Prefix.of_state(session.sequence.state)] * len(prompts)
+    else:
+        cartridges = [served.offer.prefix(body.kv_transfer_params, ids) for ids in prompts]
+    starts = [
+        _start(served, body, ids, session, cartridge, number)
+        for ids, cartridge in zip(prompts, cartridges, strict=True)
+        for number in range(n)
+    ]
     if body.wants_logits and not body.stream:
         _check_logits(sum(start.params.max_tokens for start in starts), served.engine.model.vocab)
-    return Plan(starts, len(prompts), session)
+    return Plan(starts, len(prompts), session, cartridges[0])
 
 
-def _start(served: Served, body: GenerationBody, ids: list[int], session: Session | None, number: int) -> Start:
+def _session(served: Served, transfer: Transfer | None) -> Session | None:
+    """The snapshot's sequence that a body names."""
+    if transfer is None:
+        return None
+    if transfer.snapshot is None:
+        if transfer.sequence is not None:
+            param = "kv_transfer_params.snapshot"
+            raise BadRequest(
+                f"{param}: expected the snapshot that sequence {transfer.sequence!r:.200} is of", param=param
+            )
+        return None
+    for name in ("cartridge_id", "cartridge_label", "cartridge_prefix"):
+        if getattr(transfer, name) is not None:
+            param = f"kv_transfer_params.{name}"
+            raise BadRequest(f"{param}: a snapshot's sequence keeps the cartridge that it has", param=param)
+    return served.sessions.session(transfer.snapshot, transfer.sequence)
+
+
+def _start(
+    served: Served,
+    body: GenerationBody,
+    ids: list[int],
+    session: Session | None,
+    cartridge: Prefix | None,
+    number: int,
+) -> Start:
+    placed = cartridge.own if cartridge is not None else 0
     if session is None:
-        params = _params(served, body, len(ids), temperature=1.0)
+        params = _params(served, body, len(ids), placed, temperature=1.0)
         seed = fresh_seed() if body.seed is None else (body.seed + number) % SEEDS
-        return Start(ids, replace(params, seed=seed))
-    known = session.sequence.token_ids
+        return Start(ids, replace(params, seed=seed), cartridge=cartridge)
+    known = session.sequence.token_ids[placed:]
     whole = _continued(known, ids, session, prompt_field(body))
     carried = _sampling(session)
     wanted = _given(body)
@@ -105,7 +144,8 @@ def _start(served: Served, body: GenerationBody, ids: list[int], session: Sessio
     elif number:  # the first choice goes on with the sequence's draws; the others branch off
         wanted["seed"] = derived_seed(carried.get("seed") or 0, len(whole), number)
     override = {name: value for name, value in wanted.items() if name not in carried or carried[name] != value}
-    return Start(whole, _params(served, body, len(whole)), session.engine_id, len(whole) - len(known), override)
+    params = _params(served, body, len(whole), placed)
+    return Start(whole, params, session.engine_id, len(whole) - len(known), override)
 
 
 def _sampling(session: Session) -> dict[str, Any]:
@@ -148,8 +188,8 @@ def _check_logits(rows: int, vocab: int) -> None:
         )
 
 
-def _params(served: Served, body: GenerationBody, tokens: int, **defaults: Any) -> SamplingParams:
-    room = max(served.engine.max_model_len - tokens, 1)
+def _params(served: Served, body: GenerationBody, tokens: int, placed: int, **defaults: Any) -> SamplingParams:
+    room = max(served.engine.max_model_len - placed - tokens, 1)
     wanted, param = body.max_tokens, "max_tokens"
     logprobs: int | None = None
     if isinstance(body, ChatBody):
@@ -164,9 +204,10 @@ def _params(served: Served, body: GenerationBody, tokens: int, **defaults: Any) 
             raise BadRequest("logprobs: with echo, the prompt's are not supported; leave one out", param="logprobs")
         logprobs = body.logprobs
         default = min(_COMPLETION_TOKENS, room)
-    if wanted is not None and wanted > room and tokens < served.engine.max_model_len:
+    if wanted is not None and wanted > room and placed + tokens < served.engine.max_model_len:
+        before = f"the cartridge has {placed} tokens, " if placed else ""
         raise BadRequest(
-            f"{param}: the prompt has {tokens} tokens and a sequence at most {served.engine.max_model_len}, so "
+            f"{param}: {before}the prompt has {tokens} tokens and a sequence at most {served.engine.max_model_len}, so "
             f"expected at most {room}, got {wanted}",
             param=param,
         )

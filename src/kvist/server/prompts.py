@@ -35,7 +35,7 @@ def _of_chat(tokenizer: Tokenizer | None, body: ChatBody) -> list[list[int]]:
 
 def _of_completion(tokenizer: Tokenizer | None, body: CompletionBody) -> list[list[int]]:
     prompt = body.prompt
-    if prompt is None or prompt == [] or (prompt == "" and body.kv_transfer_params is not None):
+    if prompt is None or prompt == [] or (prompt == "" and _names_a_snapshot(body)):
         return [[]]
     if isinstance(prompt, str):
         return [_encode(tokenizer, body, prompt)]
@@ -49,6 +49,10 @@ def _of_completion(tokenizer: Tokenizer | None, body: CompletionBody) -> list[li
     if len(lists) == len(prompt):
         return lists
     raise BadRequest("prompt: expected texts, token ids or lists of token ids, got a mixture", param="prompt")
+
+
+def _names_a_snapshot(body: CompletionBody) -> bool:
+    return body.kv_transfer_params is not None and body.kv_transfer_params.snapshot is not None
 
 
 def _encode(tokenizer: Tokenizer | None, body: CompletionBody, text: str) -> list[int]:

@@ -82,10 +82,21 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 
 
 class Transfer(Struct, forbid_unknown_fields=True):
-    """Which sequence of which snapshot to continue; ``sequence`` may be left out where there is only one."""
+    """What to begin with: a sequence of a snapshot, or a cartridge.
 
-    snapshot: str
+    Attributes:
+        snapshot: to continue.
+        sequence: of the snapshot; may be left out where there is only one.
+        cartridge_id: of the cartridge to use; a number is taken for its digits.
+        cartridge_label: of the cartridge to use, where the server's router goes by a label.
+        cartridge_prefix: see `kvist.cartridge.placing.PrefixMode`.
+    """
+
+    snapshot: str | None = None
     sequence: str | None = None
+    cartridge_id: str | int | None = None
+    cartridge_label: str | int | None = None
+    cartridge_prefix: str | None = None
 
 
 class Extensions(Struct, forbid_unknown_fields=True):

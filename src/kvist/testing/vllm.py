@@ -16,13 +16,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, Self
 
 import httpx2
 
-from kvist.errors import EngineError
+from kvist.errors import EngineError, InvalidInput
 from kvist.testing.worker import free_port
 
 OFFLINE: Final = {
@@ -79,6 +79,7 @@ class Completion:
         prompt_tokens: tokens of the prompt.
         finish_reason: ``"length"``, ``"stop"``, …
         stop_reason: the stop string or token id, or ``None``.
+        transfer: ``kv_transfer_params`` of the answer; streams have none.
     """
 
     id: str
@@ -88,6 +89,7 @@ class Completion:
     prompt_tokens: int
     finish_reason: str | None
     stop_reason: int | str | None
+    transfer: Mapping[str, Any] | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -203,7 +205,9 @@ class VllmServer:
         settings: Mapping[str, Any] | None = None,
         transfer: Mapping[str, Any] | None = None,
         api_key: str | None = None,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
+        config: Mapping[str, Any] | str | None = None,
+        cwd: Path | None = None,
     ) -> None:
         """Start it; it is ready once `wait` returns.
 
@@ -218,8 +222,18 @@ class VllmServer:
             settings: further keys of ``kv_connector_extra_config``.
             transfer: further keys of the ``--kv-transfer-config``, e.g. ``kv_load_failure_policy``.
             api_key: what clients must show.
-            env: further environment.
+            env: further environment; ``None`` takes a variable out.
+            config: the whole ``--kv-transfer-config``, as it is or as text, in place of the one that ``store``,
+                ``settings`` and ``transfer`` describe.
+            cwd: working directory, from which paths in a configuration are understood.
+
+        Raises:
+            InvalidInput: a store and a configuration.
         """
+        if config is not None and store is not None:
+            raise InvalidInput("expected a store or a whole configuration, got both")
+        if config is None and store is not None:
+            config = transfer_config(store, settings, transfer)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx2.Client(
@@ -233,10 +247,11 @@ class VllmServer:
         command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--enable-prompt-tokens-details"]
         command += ["--block-size", str(block_size), *(["--dtype", dtype] if dtype else [])]
         command += ["--api-key", api_key] if api_key is not None else []
-        if store is not None:
-            command += ["--kv-transfer-config", json.dumps(transfer_config(store, settings, transfer))]
-        environ = {**os.environ, **OFFLINE, "VLLM_PLUGINS": "" if store is None else "kvist"}
-        environ |= {**(DETERMINISTIC if deterministic else {}), **(env or {})}
+        if config is not None:
+            command += ["--kv-transfer-config", config if isinstance(config, str) else json.dumps(config)]
+        wanted: dict[str, str | None] = {**os.environ, **OFFLINE, "VLLM_PLUGINS": "" if config is None else "kvist"}
+        wanted |= {**(DETERMINISTIC if deterministic else {}), **(env or {})}
+        environ = {name: value for name, value in wanted.items() if value is not None}
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by the server's end
         self._said = ""
         self._process = subprocess.Popen(
@@ -245,6 +260,7 @@ class VllmServer:
             stderr=self._log,
             stdin=subprocess.DEVNULL,
             env=environ,
+            cwd=cwd,
             start_new_session=True,
         )
         self.pid = self._process.pid
@@ -386,7 +402,8 @@ def run_in_process(
     """Run a piece of Python in an interpreter that has vLLM, with the engine in the same process: far sooner up.
 
     The script finds ``arguments``, ``emit(value)`` (which returns the value, as JSON, from here), and ``make_llm(model,
-    **settings)`` (which makes a small ``vllm.LLM``; ``store=url`` makes it one with kvist).
+    **settings)`` (which makes a small ``vllm.LLM``; ``store=url`` makes it one with kvist, ``config={...}`` one with
+    any ``--kv-transfer-config``).
 
     Args:
         script: the source.
@@ -418,8 +435,10 @@ import json as _json, sys as _sys
 arguments = _json.loads(_sys.argv[1])
 def emit(value):
     print("\\n{_RESULT}" + _json.dumps(value), flush=True)
-def make_llm(model, store=None, **settings):
+def make_llm(model, store=None, config=None, **settings):
     from vllm import LLM
+    if config is not None:
+        settings["kv_transfer_config"] = config
     if store is not None:
         from kvist.testing.vllm import transfer_config
         settings["kv_transfer_config"] = transfer_config(store)
@@ -470,7 +489,8 @@ def _whole(document: dict[str, Any]) -> Completion:
     """A completion that was not streamed."""
     (choice,) = document["choices"]
     reasons = choice["finish_reason"], choice.get("stop_reason")
-    return _completion(document["id"], _steps(choice), _text(choice), document["usage"], *reasons)
+    whole = _completion(document["id"], _steps(choice), _text(choice), document["usage"], *reasons)
+    return replace(whole, transfer=document.get("kv_transfer_params"))
 
 
 def _completion(

@@ -81,3 +81,23 @@ def test_a_cache_seen_through_strides_is_written_in_place() -> None:
 def test_another_shape_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match=r"expected \(12, 2, 4, 16\)"):
         GroupPages(layout("LHND"), [torch.zeros(BLOCKS, 2, 8, 16)] * 3, BLOCKS)
+
+
+@pytest.mark.parametrize("order", ["LHND", "vllm-cpu-vec"])
+@pytest.mark.parametrize(
+    ("dim", "dtype", "more"), [(1, "bf16", 0), (1, "bf16", 2), (3, "bf16", 4), (3, "f32", 12), (8, "f32", 4)]
+)
+def test_pages_of_any_width_in_rows_of_any(order: str, dim: int, dtype: str, more: int) -> None:
+    """Copies go by the widest word that fits; whichever that is, the bytes are the same."""
+    kind = {"bf16": torch.bfloat16, "f32": torch.float32}[dtype]
+    here = Layout(page_size_tokens=4, n_layers=2, n_heads=3, head_dim=dim, dtype=dtype, memory_order=order)
+    caches = [torch.randn(BLOCKS, 3, 4, 2 * dim).to(kind) for _ in range(2)]
+    before = [cache.clone() for cache in caches]
+    group = GroupPages(here, caches, BLOCKS)
+    rows = torch.zeros((4, group.page_bytes + more), dtype=torch.uint8)
+    group.read([4, 9, 2], rows, [0, 1, 3]).wait()
+    group.write([1, 9, 7], rows, [0, 1, 3], Done()).wait()
+    for cache, old in zip(caches, before, strict=True):
+        assert torch.equal(cache[[1, 9, 7]], old[[4, 9, 2]])
+        others = [block for block in range(BLOCKS) if block not in (1, 9, 7)]
+        assert torch.equal(cache[others], old[others])

@@ -18,6 +18,9 @@ prompt of 300 tokens; torch 2.13, transformers 5.23):
 
 A decode step computes a whole tile for one token, a prompt goes tile by tile instead of at once, and sequences are
 never batched: throughput does not grow with load. Large pages suit long prompts, small ones suit decoding and sharing.
+
+A request may begin with a cartridge (`Engine.load_cartridge`, ``submit(..., cartridge=)``): the KV of a document that
+nobody computes again. `kvist.engines.hf.cartridges` says what it shares with whom, and how snapshots tell of it.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,12 +26,13 @@ import torch
 import transformers
 from torch.nn.functional import cosine_similarity
 
+from kvist.cartridge.model import ModelIdentity
 from kvist.engines.hf.cache import PagedCache
 from kvist.engines.hf.load import max_positions, open_model, probe
-from kvist.engines.hf.pool import PagePool
+from kvist.engines.hf.pool import DTYPES, PagePool
 from kvist.engines.hf.sampling import Row
-from kvist.hashing.weights import revision
 from kvist.errors import UnsupportedModel
+from kvist.hashing.weights import revision
 from kvist.layout import Layout
 
 _LEAST_SIMILARITY = 0.98
@@ -47,8 +50,9 @@ class Model:
             rows mix (some mixtures of experts): then they also depend on which rows shared a tile.
     """
 
-    def __init__(self, model: Any, layout: Layout) -> None:
+    def __init__(self, model: Any, layout: Layout, directory: Path) -> None:
         self.layout = layout
+        self._directory = directory
         self.max_positions = max_positions(model.config)
         self.vocab = int(model.get_input_embeddings().num_embeddings)
         self.eos_ids = _eos_ids(model)
@@ -84,7 +88,24 @@ class Model:
             model=name or path.resolve().name,
             revision=revision(path),
         )
-        return cls(model, layout)
+        return cls(model, layout, path)
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """What a cartridge for this model must be of.
+
+        Raises:
+            InvalidInput, UnsupportedModel: its configuration is of a kind of which there are no cartridges.
+        """
+        layout = self.layout
+        told = ModelIdentity.of_directory(
+            self._directory,
+            dtype=str(DTYPES[layout.dtype]).removeprefix("torch."),
+            model_id=layout.model,
+            revision=layout.revision,
+        )
+        # What a forward pass showed counts, whatever the configuration says.
+        return replace(told, num_layers=layout.n_layers, num_kv_heads=layout.n_heads, head_dim=layout.head_dim)
 
     @property
     def device(self) -> torch.device:

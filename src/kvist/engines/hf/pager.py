@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvist.cartridge.placing import VIRTUAL, Prefix
 from kvist.engines.hf.engine import Engine
 from kvist.engines.hf.scheduler import Scheduler
+from kvist.engines.hf.sequence import Sequence as Resident
 from kvist.engines.hf.sequence import restored
 from kvist.errors import Conflict, InvalidInput, NotFound
-from kvist.hashing import extend_block_hashes
 from kvist.ids import check_name
 from kvist.layout import Layout
 from kvist.pager import CachePager, LogicalSeq, PageBytes
@@ -226,12 +227,14 @@ class HfPager(CachePager):
         with self._engine.exclusive() as scheduler:
             names = set(scheduler.live_names) | {seq.id for seq in scheduler.sequences()}
             blocks: dict[int, bytes] = {}
+            residents: list[Resident] = []
             for seq in seqs:
                 if check_name(seq.id) in names:
                     raise Conflict(f"a sequence {seq.id!r} is in the engine already")
                 names.add(seq.id)
                 self._check_seq(seq)
-                self._claim_blocks(seq, blocks)
+                residents.append(restored(seq, self.meta().page_size_tokens))
+                self._claim_blocks(residents[-1], blocks)
             pool, rows = self._engine.pool, self._rows_used(seqs)
             for slot, used in rows.items():
                 if not self._pins[slot].shared:
@@ -246,8 +249,8 @@ class HfPager(CachePager):
                 for slot in seq.page_ixs:
                     pool.hold(slot)
             self._unpin([slot for slot, pin in self._pins.items() for _ in range(pin.count)])
-            for seq in seqs:
-                scheduler.keep(restored(seq, self.meta().page_size_tokens))
+            for resident in residents:
+                scheduler.keep(resident)
 
     def _check_seq(self, seq: LogicalSeq) -> None:
         size = self.meta().page_size_tokens
@@ -258,8 +261,14 @@ class HfPager(CachePager):
             raise InvalidInput(f"sequence {seq.id!r} names a slot twice")
         if seq.token_ids and len(seq.token_ids) < cached:
             raise InvalidInput(f"sequence {seq.id!r} has {cached} cached tokens and {len(seq.token_ids)} token ids")
-        vocab = self._engine.model.vocab
-        if not all(0 <= token < vocab for token in seq.token_ids):
+        vocab, prefix = self._engine.model.vocab, Prefix.of_state(seq.state)
+        given = prefix.tokens if prefix is not None else 0
+        if seq.token_ids and len(seq.token_ids) < given:
+            raise InvalidInput(
+                f"sequence {seq.id!r} begins with a cartridge of {given} tokens, and has {len(seq.token_ids)}"
+            )
+        virtual = given if seq.token_ids[:given] == (VIRTUAL,) * given else 0
+        if not all(0 <= token < vocab for token in seq.token_ids[virtual:]):
             raise InvalidInput(f"sequence {seq.id!r} has token ids that are not in [0, {vocab})")
         for slot in seq.page_ixs:
             if slot not in self._pins or not self._pins[slot].written:
@@ -267,12 +276,10 @@ class HfPager(CachePager):
                     f"sequence {seq.id!r} names slot {slot}, which this pager did not allocate and write"
                 )
 
-    def _claim_blocks(self, seq: LogicalSeq, blocks: dict[int, bytes]) -> None:
-        """Note which block each full page of ``seq`` is, by its ids, and refuse a page that says otherwise."""
-        hashes: list[bytes] = []
-        full = seq.cached_tokens(self.meta().page_size_tokens) // self.meta().page_size_tokens
-        extend_block_hashes(hashes, seq.token_ids, self.meta().page_size_tokens)
-        for slot, block in zip(seq.page_ixs[:full], hashes, strict=False):
+    def _claim_blocks(self, seq: Resident, blocks: dict[int, bytes]) -> None:
+        """Note which block each full page of ``seq`` is, by its ids and salt, and refuse a page that says otherwise."""
+        size = self.meta().page_size_tokens
+        for slot, block in zip(seq.table[: seq.computed // size], seq.hashes(size), strict=False):
             told = blocks.setdefault(slot, self._pins[slot].block or block)
             if told != block:
                 raise InvalidInput(

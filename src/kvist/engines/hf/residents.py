@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from itertools import islice
 
 from kvist.engines.hf.sequence import Sequence
-from kvist.hashing import extend_block_hashes
 
 
 class Residents:
@@ -57,11 +56,10 @@ class Residents:
             self._by_id.move_to_end(seq.id)
 
     def after(self, prefix: bytes, most: int) -> list[Sequence]:
-        """Residents with a page after the block ``prefix`` (``b""``: a first page); of many, the ``most`` latest."""
+        """Residents with a page after ``prefix`` (see `Sequence.before`); of many, the ``most`` latest."""
         return list(islice(reversed(self._followers.get(prefix, {}).values()), most))
 
     def _keys(self, seq: Sequence) -> Iterator[bytes]:
         """What comes before each page that ``seq`` has and whose ids it knows."""
-        extend_block_hashes(seq.hashes, seq.token_ids, self._size)
         pages = -(-min(seq.computed, len(seq.token_ids)) // self._size)
-        yield from [b"", *seq.hashes][:pages]
+        yield from (seq.before(page, self._size) for page in range(pages))

@@ -5,9 +5,9 @@ thread at a time is in here.
 
 Sequences run round-robin, one tile each, never batched together. A new one starts from the longest prefix that the
 pool holds: full pages by block hash, then the partly filled page of whichever sequence goes furthest, shared and
-copied when written. When slots run out, cached pages go first (least recently used), then finished sequences, then
-the running sequence that came last gives up its pages and starts again later: the same tokens and, where the model is
-`canonical`, the same bits.
+copied when written. What a cartridge gives and the pool lacks is copied in before the first tile. When slots run out,
+cached pages go first (least recently used), then finished sequences, then the running sequence that came last gives
+up its pages and starts again later: the same tokens and, where the model is `canonical`, the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from kvist.engines.hf.residents import Residents
 from kvist.engines.hf.sampling import Row, choose, log_probabilities, most_likely
 from kvist.engines.hf.sequence import FinishReason, Sequence, StepOutput
 from kvist.errors import KvistError, PoolExhausted
-from kvist.hashing import extend_block_hashes
 
 _CANDIDATES: Final = 64
 """Residents looked at for one tail: thousands may share a prefix, and admitting a sequence must stay cheap."""
@@ -95,6 +94,7 @@ class Scheduler:
             if seq in queue:
                 queue.remove(seq)
         self._release(seq)
+        seq.let_go()
         request, seq.request = seq.request, None
         if request is not None:
             self.live_names.discard(seq.id)
@@ -117,7 +117,7 @@ class Scheduler:
         seq = self.running[0]
         self.running.rotate(-1)
         try:
-            if self._room_for_tile(seq):
+            if self._take_given(seq) and self._room_for_tile(seq):
                 self._compute(seq)
             elif seq in self.running:
                 return False
@@ -127,6 +127,30 @@ class Scheduler:
 
     # -- one tile ------------------------------------------------------------------------------------------------
 
+    def _take_given(self, seq: Sequence) -> bool:
+        """Bring what the cartridge gives into the table, all in one turn; ``False`` if it has to wait for room."""
+        while seq.computed < seq.given:
+            page, row = divmod(seq.computed, self._size)
+            is_whole = (page + 1) * self._size <= seq.given
+            slot = self.pool.find(seq.hashes(self._size)[page]) if is_whole and not row else None
+            if slot is not None:  # another sequence was first
+                seq.table.append(self.pool.hold(slot))
+            elif self._room_for_tile(seq):
+                self._fill(seq, page, min(seq.given - page * self._size, self._size))
+            else:
+                return False
+            seq.computed = min((page + 1) * self._size, seq.given)
+            if is_whole and slot is None:
+                self._register(seq, page)
+        return True
+
+    def _fill(self, seq: Sequence, page: int, rows: int) -> None:
+        """Write the cartridge's rows of a page that only ``seq`` sees."""
+        assert seq.hold is not None
+        slot = seq.table[page]
+        self.pool.data[slot, :, :, :rows] = seq.hold.pages[page, :, :, :rows]
+        self.pool.filled[slot] = rows
+
     def _compute(self, seq: Sequence) -> None:
         page, row = divmod(seq.computed, self._size)
         live = seq.token_ids[seq.computed : (page + 1) * self._size]
@@ -135,6 +159,10 @@ class Scheduler:
         self.steps += 1
         seq.computed += len(live)
         self.pool.filled[slot] = row + len(live)
+        if seq.prefix is not None and seq.computed <= seq.prefix.tokens:
+            # The prompt is the cartridge's document and no more, and its last row was computed for the logits. What
+            # the block is named after stays the cartridge's, to the last row.
+            self._fill(seq, page, row + len(live))
         if row + len(live) == self._size:
             self._register(seq, page)
         if seq.computed == len(seq.token_ids):
@@ -142,8 +170,7 @@ class Scheduler:
 
     def _register(self, seq: Sequence, page: int) -> None:
         """Give the page that is now full to the prefix cache, or take over the one that is there already."""
-        extend_block_hashes(seq.hashes, seq.token_ids, self._size)
-        slot, block = seq.table[page], seq.hashes[page]
+        slot, block = seq.table[page], seq.hashes(self._size)[page]
         twin = self.pool.find(block)
         if twin is None or not self._model.canonical:
             self.pool.register(slot, block)
@@ -185,6 +212,7 @@ class Scheduler:
         assert request is not None
         self.running.remove(seq)
         self.live_names.discard(seq.id)
+        seq.let_go()
         while len(self.residents) >= _FINISHED:
             self._evict_resident()
         self.keep(seq)
@@ -248,7 +276,7 @@ class Scheduler:
             if namesake is not None:
                 self.drop(namesake)
             if seq.request is not None and not seq.admitted:
-                seq.request.cached_tokens = seq.computed
+                seq.request.cached_tokens = max(seq.computed, seq.given) - seq.own
             seq.admitted = True
             self.running.append(seq)
 
@@ -256,9 +284,10 @@ class Scheduler:
         """Share the longest prefix that the pool holds, but for the last token: its logits are to be computed."""
         assert not seq.table and not seq.computed
         size, tokens = self._size, seq.token_ids
-        most = len(tokens) - 1
-        extend_block_hashes(seq.hashes, tokens, size)
+        most, hashes = len(tokens) - 1, seq.hashes(size)
         parent = self.find(seq.parent) if seq.parent else None
+        if parent is not None and parent.salt != seq.salt:
+            parent = None  # the name has moved to another sequence
         known = min(len(parent.token_ids), len(tokens)) if parent is not None else 0
         if parent is not None and parent.table and parent.token_ids[:known] == tokens[:known]:
             # The parent's own pages, even where the prefix cache has others for the same blocks.
@@ -267,7 +296,7 @@ class Scheduler:
             self.residents.touch(parent)
             return
         while len(seq.table) < most // size:
-            slot = self.pool.find(seq.hashes[len(seq.table)])
+            slot = self.pool.find(hashes[len(seq.table)])
             if slot is None:
                 break
             seq.table.append(self.pool.hold(slot))
@@ -282,18 +311,18 @@ class Scheduler:
         """The slot that holds most of the first ``limit`` tokens of ``page`` after the same prefix, and how many."""
         size = self._size
         best, rows, owner = None, 0, None
-        if page < len(seq.hashes) and limit > 0:
-            best = self.pool.find(seq.hashes[page])
+        hashes = seq.hashes(size)
+        if page < len(hashes) and limit > 0:
+            best = self.pool.find(hashes[page])
             rows = limit if best is not None else 0
         wanted = seq.token_ids[page * size : page * size + limit]
-        prefix = seq.hashes[page - 1] if page else b""
+        prefix = seq.before(page, size)
         for other in chain(self.running, self.residents.after(prefix, _CANDIDATES)):
             if rows == limit:
                 break
             if other.computed <= page * size + rows:
                 continue
-            extend_block_hashes(other.hashes, other.token_ids, size)
-            if other.hashes[page - 1 : page] != seq.hashes[page - 1 : page]:
+            if other.before(page, size) != prefix:
                 continue
             here = other.token_ids[page * size : min(other.computed, (page + 1) * size)]
             same = next((n for n, (a, b) in enumerate(zip(here, wanted, strict=False)) if a != b), None)

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from kvist.cartridge.placing import Prefix
+from kvist.engines.hf.cartridges import Hold
 from kvist.engines.hf.sampling import Row, SamplingParams
 from kvist.errors import InvalidInput
+from kvist.hashing import block_root, extend_block_hashes
 from kvist.pager import LogicalSeq
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -45,16 +48,26 @@ class Request:
 
     Attributes:
         id: of the sequence, by which it can be resumed, dropped and captured.
-        prompt_tokens: tokens it started with (all of them, for a resumed sequence).
-        cached_tokens: how many of those came out of the pool and were not computed; 0 until it is admitted, final
-            when the first output is there. A sequence that had to give up its pages does not count them again.
+        prompt_tokens: tokens it started with (all of them, for a resumed sequence), but for those of a cartridge that
+            was placed before them.
+        cached_tokens: how many of those came out of the pool or a cartridge and were not computed; 0 until it is
+            admitted, final when the first output is there. A sequence that had to give up its pages does not count
+            them again.
+        cartridge: what the sequence begins with, or ``None``.
         finish_reason: ``None`` while it runs, and after an error.
     """
 
-    def __init__(self, sequence_id: str, prompt_tokens: int, on_step: Callable[[Event], None] | None) -> None:
+    def __init__(
+        self,
+        sequence_id: str,
+        prompt_tokens: int,
+        on_step: Callable[[Event], None] | None,
+        cartridge: Prefix | None = None,
+    ) -> None:
         self.id = sequence_id
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
+        self.cartridge = cartridge
         self.finish_reason: FinishReason | None = None
         self.cancelled = False
         self.finishing = False
@@ -106,10 +119,11 @@ class SequenceInfo:
     Attributes:
         id: its name.
         status: ``resident`` (finished or restored), ``running``, or ``waiting`` (for pages).
-        tokens: ids it has.
+        tokens: ids it has, with those of a cartridge.
         computed: of these, how many have keys and values in the pool.
-        prompt_tokens: ids before the first generated one.
+        prompt_tokens: ids before the first generated one, with those of a cartridge.
         pages: slots in its table; some may be shared.
+        cartridge: name of the cartridge that it begins with, or ``None``.
     """
 
     id: str
@@ -118,6 +132,7 @@ class SequenceInfo:
     computed: int
     prompt_tokens: int
     pages: int
+    cartridge: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -126,7 +141,7 @@ class Sequence:
 
     Attributes:
         id: its name in the engine.
-        token_ids: prompt and generated ids; empty where a restored sequence came without them.
+        token_ids: of the cartridge, the prompt, and what was generated; empty where a restored sequence came without.
         params: how to go on.
         draws: random draws made so far.
         prompt_tokens: tokens before the first generated one.
@@ -136,9 +151,10 @@ class Sequence:
         parent: sequence whose pages to start from, if it is still there.
         table: slots in token order; exactly as many as ``computed`` tokens need.
         computed: tokens whose keys and values the table holds.
-        hashes: block hashes of the first full blocks of ``token_ids``; extended when needed.
         admitted: has run; it is worth listing and capturing.
         foreign_state: state it was restored with, kept as it came.
+        prefix: the cartridge that it begins with, or ``None``.
+        hold: on the cartridge's pages, as long as it is live.
     """
 
     id: str
@@ -152,15 +168,48 @@ class Sequence:
     parent: str | None = None
     table: list[int] = field(default_factory=list)
     computed: int = 0
-    hashes: list[bytes] = field(default_factory=list)
     admitted: bool = False
     foreign_state: dict[str, Any] | None = None
+    prefix: Prefix | None = None
+    hold: Hold | None = None
+    _hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def salt(self) -> str:
+        """Of its block hashes: sequences with other salts share no page with it."""
+        return self.prefix.salt if self.prefix is not None else ""
+
+    @property
+    def own(self) -> int:
+        """First position that is the client's, after a cartridge placed before it."""
+        return self.prefix.own if self.prefix is not None else 0
+
+    @property
+    def given(self) -> int:
+        """First tokens that are the cartridge's and never computed; the last token is computed for its logits."""
+        return min(self.prefix.tokens, len(self.token_ids) - 1) if self.prefix is not None else 0
+
+    def hashes(self, page_size: int) -> list[bytes]:
+        """Block hashes of the full blocks of ``token_ids``, salted; not to be changed."""
+        extend_block_hashes(self._hashes, self.token_ids, page_size, salt=self.salt)
+        return self._hashes
+
+    def before(self, page: int, page_size: int) -> bytes:
+        """What comes before a page: the hash of the block before it, or of nothing under the sequence's salt."""
+        return self.hashes(page_size)[page - 1] if page else block_root(self.salt)
+
+    def let_go(self) -> None:
+        """Give up the hold on the cartridge."""
+        if self.hold is not None:
+            self.hold.close()
+            self.hold = None
 
     def state(self) -> dict[str, Any]:
         """What a continuation needs besides ids and pages; JSON."""
         if self.foreign_state is not None:
             return self.foreign_state
-        return {"sampling": self.params.state(), "draws": self.draws, "prompt_tokens": self.prompt_tokens}
+        state = {"sampling": self.params.state(), "draws": self.draws, "prompt_tokens": self.prompt_tokens}
+        return state if self.prefix is None else state | {"cartridge": self.prefix.to_dict()}
 
     def logical(self, page_size: int) -> LogicalSeq:
         """As a pager tells it."""
@@ -174,7 +223,11 @@ class Sequence:
 
 
 def restored(seq: LogicalSeq, page_size: int) -> Sequence:
-    """The finished sequence that ``seq`` describes; its slots are not held yet."""
+    """The finished sequence that ``seq`` describes; its slots are not held yet.
+
+    Raises:
+        InvalidInput: its state names a cartridge in a way that cannot be read.
+    """
     return Sequence(
         id=seq.id,
         token_ids=list(seq.token_ids),
@@ -184,6 +237,7 @@ def restored(seq: LogicalSeq, page_size: int) -> Sequence:
         computed=seq.cached_tokens(page_size),
         admitted=True,
         foreign_state=dict(seq.state),
+        prefix=Prefix.of_state(seq.state),
     )
 
 
@@ -213,4 +267,5 @@ def continuation(source: Sequence, params: SamplingParams, override: Mapping[str
         prompt_tokens=prompt_tokens,
         draws=draws if override.get("seed", carried.seed) == carried.seed else 0,
         parent=source.id,
+        prefix=source.prefix,
     )

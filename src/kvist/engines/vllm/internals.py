@@ -22,8 +22,8 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 import vllm
-from kvist.hashing.weights import revision
 from kvist.errors import EngineError, UnsupportedModel
+from kvist.hashing.weights import revision
 from kvist.layout import Layout
 
 VERSIONS: Final = ((0, 28), (0, 33))
@@ -92,10 +92,19 @@ def check(vllm_config: Any, kv_cache_config: Any) -> None:
             raise UnsupportedModel(f"KV cache group {number} holds {spec.dtype}, expected one of {names}")
 
 
-def layouts(vllm_config: Any, kv_cache_config: Any, rank: int) -> list[Layout]:
-    """The layout of each KV cache group in one tensor-parallel rank."""
+def layouts(vllm_config: Any, kv_cache_config: Any, rank: int, *, is_pinned: bool = True) -> list[Layout]:
+    """The layout of each KV cache group in one tensor-parallel rank.
+
+    Args:
+        vllm_config, kv_cache_config: vLLM's.
+        rank: from 0.
+        is_pinned: with the revision of the weights, which are read for that where nothing names it.
+
+    Raises:
+        UnsupportedModel: nothing pins the weights.
+    """
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config
-    path, pinned = Path(vllm_config.model_config.model), _pinned(vllm_config)
+    path, pinned = Path(vllm_config.model_config.model), _pinned(vllm_config) if is_pinned else ""
     groups = kv_cache_config.kv_cache_groups
     found = []
     for number, group in enumerate(groups):
@@ -129,21 +138,30 @@ _revision = functools.cache(revision)
 
 def _pinned(vllm_config: Any) -> str:
     """What decides the KV of given tokens: the weights, and what the command line changes about the model."""
+    given = vllm_config.kv_transfer_config.kv_connector_extra_config.get("revision")
+    return pinned(vllm_config, Path(vllm_config.model_config.model), given)
+
+
+def pinned(vllm_config: Any, directory: Path, given: str | None = None) -> str:
+    """The same, of a model whose files are in ``directory``.
+
+    Raises:
+        UnsupportedModel: nothing says which weights they are.
+    """
     config = vllm_config.model_config
-    path = Path(config.model)
-    pinned = vllm_config.kv_transfer_config.kv_connector_extra_config.get("revision")
-    if pinned is None and path.is_dir():
-        pinned = _revision(path)
-    if pinned is None and _COMMIT.fullmatch(config.revision or ""):
-        pinned = config.revision
-    if pinned is None:
+    found = given
+    if found is None and directory.is_dir():
+        found = _revision(directory)
+    if found is None and _COMMIT.fullmatch(config.revision or ""):
+        found = config.revision
+    if found is None:
         raise UnsupportedModel(
-            f"nothing pins the weights of {path}: give a commit as `--revision`, or `revision` to the connector"
+            f"nothing pins the weights of {directory}: give a commit as `--revision`, or `revision` to the connector"
         )
     changes = {"hf_overrides": config.hf_overrides or None, "quantization": config.quantization}
     if any(changes.values()):
-        pinned += "+" + hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:16]
-    return str(pinned)
+        found += "+" + hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:16]
+    return str(found)
 
 
 def _memory_order(spec: Any) -> str:

@@ -7,9 +7,11 @@ block hash: a request takes the longest chain of full blocks from its start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from kvist.layout import Layout
 
 Has = Callable[[int, bytes], bool]
 """Whether a KV cache group's page of a block hash can be had."""
@@ -67,6 +69,19 @@ def chain_tokens(hashes: Sequence[bytes], limit: int, size: int, windows: Sequen
 def first_block(tokens: int, window: int | None, size: int) -> int:
     """The first block that the token after ``tokens`` tokens looks back on."""
     return 0 if window is None else max(0, tokens - window + 1) // size
+
+
+def blocks_of(tokens: int, local: int, windows: Sequence[int | None], size: int) -> Iterator[tuple[int, int]]:
+    """Group and number of each block that a request which takes ``tokens`` tokens needs beyond its first ``local``."""
+    for group, window in enumerate(windows):
+        for number in range(max(local // size, first_block(tokens, window, size)), -(-tokens // size)):
+            yield group, number
+
+
+def window_of(layout: Layout) -> int | None:
+    """Tokens that one looks back on in the layers of a layout, itself included, or ``None``: all."""
+    kind, _, window = layout.attention.partition(":")
+    return int(window) if kind == "sliding" else None
 
 
 class Checkout:

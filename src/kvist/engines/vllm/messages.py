@@ -33,8 +33,10 @@ class Load:
 
     Attributes:
         request_id: vLLM's id.
-        content: of the snapshot that the pages come from, or ``None``: the durable prefix cache.
-        pages: where to put what: a page ``ix`` of the snapshot's manifests, or a block hash.
+        content: of the snapshot, or identity of the cartridge, that the pages come from, or ``None``: the durable
+            prefix cache.
+        pages: where to put what: a page ``ix`` of the snapshot's manifests, or number of the cartridge's; or a block
+            hash.
     """
 
     request_id: str

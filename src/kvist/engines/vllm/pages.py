@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from kvist.errors import UnsupportedModel
 from kvist.layout import Layout
+
+_STAGING: Final = 64 << 20
+"""Bytes that a copy to or from an accelerator takes there, at most."""
+_WORDS: Final = {16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+"""What bytes are copied as: indexed copies on the CPU go element by element, so wide ones are near a plain copy."""
 
 
 class GroupPages:
@@ -29,6 +35,7 @@ class GroupPages:
         self._dtype, self._device = caches[0].dtype, caches[0].device
         self._page = (2, len(caches), *self._layers[0].shape[2:])
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._most = blocks if self._stream is None else max(1, _STAGING // self.page_bytes)
 
     @property
     def page_bytes(self) -> int:
@@ -41,12 +48,13 @@ class GroupPages:
         The cache may be written again at once; ``rows`` is filled when the result says so.
         """
         ids = torch.tensor(blocks, device=self._device)
-        for start, count in _runs(slots):
-            out = self._host(rows, slots[start], count)
+        word, layers = self._as_words(rows)
+        for start, count in _runs(slots, self._most):
+            out = self._host(rows, slots[start], count, word)
             part = ids[start : start + count]
             staging = out if self._stream is None else torch.empty_like(out, device=self._device)
-            for number, layer in enumerate(self._layers):
-                staging[:, :, number] = layer.index_select(0, part)
+            for number, layer in enumerate(layers):
+                torch.index_select(layer, 0, part, out=staging[:, :, number])
             if staging is not out:
                 out.copy_(staging, non_blocking=True)
         return Done(self._stream is not None)
@@ -60,21 +68,39 @@ class GroupPages:
             after: what must have happened before: the engine's own last work on these blocks.
         """
         ids = torch.tensor(blocks, device=self._device)
-        with self._beside():
+        word, layers = self._as_words(rows)
+        with self.beside():
             after.order()
-            for start, count in _runs(slots):
-                pages = self._host(rows, slots[start], count)
+            for start, count in _runs(slots, self._most):
+                pages = self._host(rows, slots[start], count, word)
                 part = ids[start : start + count]
                 staging = pages.to(self._device, non_blocking=True)
-                for number, layer in enumerate(self._layers):
+                for number, layer in enumerate(layers):
                     layer.index_copy_(0, part, staging[:, :, number])
             return Done(self._stream is not None)
 
-    def _beside(self) -> Any:
+    def beside(self) -> Any:
+        """A context in which work goes beside whatever the engine computes; see `Done`."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _host(self, rows: torch.Tensor, first: int, count: int) -> torch.Tensor:
-        return rows[first : first + count, : self.page_bytes].view(self._dtype).view(count, *self._page)
+    def as_pages(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of bytes as ``[rows, 2, layers, heads, …]``, as `halves` has a layer's blocks; a view."""
+        return rows[:, : self.page_bytes].view(self._dtype).view(len(rows), *self._page)
+
+    def _as_words(self, rows: torch.Tensor) -> tuple[int, list[torch.Tensor]]:
+        """The widest word that pages here and in ``rows`` are whole runs of, in bytes, and the layers as such."""
+        layers = self._layers
+        steps = [step * layer.element_size() for layer in layers for step in layer.stride()[:-1]]
+        starts = [tensor.data_ptr() for tensor in (*layers, rows)]
+        run = layers[0].shape[-1] * layers[0].element_size() if layers[0].stride(-1) == 1 else layers[0].element_size()
+        word = math.gcd(16, run, rows.stride(0), *steps, *starts)
+        return word, [layer.view(_WORDS[word]) if word != layer.element_size() else layer for layer in layers]
+
+    def _host(self, rows: torch.Tensor, first: int, count: int, word: int) -> torch.Tensor:
+        *shape, run = self._page
+        kind = self._dtype if word == self._dtype.itemsize else _WORDS[word]
+        width = run * self._dtype.itemsize // word
+        return rows[first : first + count, : self.page_bytes].view(kind).view(count, *shape, width)
 
 
 class Done:
@@ -118,10 +144,10 @@ def halves(cache: torch.Tensor, layout: Layout, blocks: int) -> torch.Tensor:
     return view.view(blocks, heads, tokens, 2, dim).permute(0, 3, 1, 2, 4)
 
 
-def _runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Start and length of each run of consecutive numbers in ``slots``."""
+def _runs(slots: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Start and length of each run of up to ``most`` consecutive numbers in ``slots``."""
     start = 0
     for place in range(1, len(slots) + 1):
-        if place == len(slots) or slots[place] != slots[place - 1] + 1:
+        if place == len(slots) or place - start == most or slots[place] != slots[place - 1] + 1:
             yield start, place - start
             start = place

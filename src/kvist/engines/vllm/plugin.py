@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import logging
 import operator
@@ -12,10 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from kvist.engines.vllm.cartridges.placing import KEY
 from kvist.engines.vllm.matching import Stored, first_block
 from kvist.errors import EngineError, InvalidInput, InvalidManifest, KvistError
 
 if TYPE_CHECKING:
+    from kvist.cartridge.model import ModelIdentity
+    from kvist.engines.vllm.cartridges.documents import Prefixes
+    from kvist.engines.vllm.cartridges.frontend import Frontend
     from kvist.engines.vllm.connector import KvistConnector
 
 log = logging.getLogger("kvist.vllm")
@@ -26,9 +31,31 @@ CALL = "kvist"
 
 def register() -> None:
     """Entry point ``vllm.general_plugins: kvist``. Loaded in every process of vLLM; idempotent."""
-    from kvist.engines.vllm import internals
+    from kvist.engines.vllm import intake, internals
 
     internals.enter_core(CALL, _answer, _prepare)
+    intake.register_connector()
+    intake.enter_frontend(_open_frontend)
+    intake.enter_placing(_prefix)
+
+
+def _open_frontend(
+    extra: Mapping[str, Any], model: ModelIdentity, max_model_len: int, *, recomputes: bool, bos_id: int | None
+) -> Frontend:
+    from kvist.engines.vllm.cartridges.frontend import Frontend
+
+    return Frontend.open(extra, model, max_model_len, recomputes=recomputes, bos_id=bos_id)
+
+
+def _prefix(params: Mapping[str, Any], placeholder: int) -> tuple[list[int], int]:
+    return _prefixes().of(params, placeholder) if KEY in params else ([], 0)
+
+
+@functools.cache
+def _prefixes() -> Prefixes:
+    from kvist.engines.vllm.cartridges.documents import Prefixes
+
+    return Prefixes()
 
 
 def _prepare(core: Any) -> None:
@@ -47,9 +74,12 @@ def _answer(core: Any, op: str, payload: Mapping[str, Any]) -> dict[str, Any]:
     An answer is encoded here once before vLLM does: one that it could not encode would end its output thread.
     """
     try:
-        if op not in _OPS:
+        if op == "cartridge_stats":
+            answer = _cartridge_stats(core)
+        elif op in _OPS:
+            answer = _OPS[op](_Core(core), payload)
+        else:
             raise InvalidInput(f"unknown call {op!r:.80}")
-        answer = _OPS[op](_Core(core), payload)
         msgspec.msgpack.encode(answer)
         return answer
     except KvistError as error:
@@ -245,6 +275,25 @@ def _checkouts(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stats(core: _Core, payload: Mapping[str, Any]) -> dict[str, Any]:
     return {"ranks": core.workers("stats")}
+
+
+def _cartridge_stats(core: Any) -> dict[str, Any]:
+    """Of the other connector, which may be there alone."""
+    answers = core.model_executor.collective_rpc(_cartridge_stats_of)
+    if None in answers:
+        raise EngineError("this server has no CartridgeConnector", hint="see docs/guides/cartridges.md")
+    return {"ranks": list(answers)}
+
+
+def _cartridge_stats_of(worker: Any) -> dict[str, Any] | None:
+    """Runs in a worker's thread, between two steps."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+    from kvist.engines.vllm.cartridges.connector import CartridgeConnector
+    from kvist.engines.vllm.internals import find_connector
+
+    found = find_connector(get_kv_transfer_group(), CartridgeConnector) if has_kv_transfer_group() else None
+    return None if found is None else dict(found.worker.stats())
 
 
 _OPS: Final[dict[str, Callable[[_Core, Mapping[str, Any]], dict[str, Any]]]] = {

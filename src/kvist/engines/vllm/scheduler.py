@@ -17,7 +17,7 @@ from typing import Any, Final
 from kvist.engines.vllm import internals, requests
 from kvist.engines.vllm.index import PrefixIndex
 from kvist.engines.vllm.internals import Blocks
-from kvist.engines.vllm.matching import Checkout, Stored, chain_tokens, first_block, starts_with
+from kvist.engines.vllm.matching import Checkout, Stored, blocks_of, chain_tokens, first_block, starts_with, window_of
 from kvist.engines.vllm.messages import CapturePlan, Load, Place, SequencePlan, Start, StepPlan, StepReport
 from kvist.errors import NotFound, UnsupportedModel
 from kvist.layout import Layout
@@ -82,7 +82,7 @@ class SchedulerSide:
     def __init__(self, layouts: list[Layout], index: PrefixIndex | None) -> None:
         self.layouts = layouts
         self._size = layouts[0].page_size_tokens
-        self.windows = [_window(layout) for layout in layouts]
+        self.windows = [window_of(layout) for layout in layouts]
         self._index = index  # of the durable prefix cache
         self._manager: Any = None
         self.blocks: Blocks | None = None
@@ -123,8 +123,8 @@ class SchedulerSide:
     def arrive(self, request: Any) -> None:
         """A request has come: decide what it takes, and salt it if that is a snapshot's."""
         self._live[request.request_id] = request
-        if not internals.is_plain(request) or request.skip_reading_prefix_cache:
-            return
+        if not internals.is_plain(request) or request.skip_reading_prefix_cache or requests.cartridge(request):
+            return  # a cartridge's pages come from the connector that knows it
         wanted = request.kv_transfer_params or {}
         if "snapshot" in wanted:
             found = self._named(request, wanted)
@@ -210,18 +210,16 @@ class SchedulerSide:
 
     def _pages(self, match: Match, local: int) -> Iterable[tuple[int, int, int | str]]:
         """Group, block number and reference of each page that a request needs beyond ``local`` tokens."""
-        last = -(-match.tokens // self._size)
-        for group, window in enumerate(self.windows):
-            for place in range(max(local // self._size, first_block(match.tokens, window, self._size)), last):
-                ref: int | str | None
-                if match.stored is not None:
-                    ref = match.stored.pages[group][place]
-                elif match.source is not None:
-                    ref = match.source.by_hash[group].get(match.hashes[place])
-                else:
-                    ref = match.hashes[place].hex()
-                if ref is not None:
-                    yield group, place, ref
+        for group, place in blocks_of(match.tokens, local, self.windows, self._size):
+            ref: int | str | None
+            if match.stored is not None:
+                ref = match.stored.pages[group][place]
+            elif match.source is not None:
+                ref = match.source.by_hash[group].get(match.hashes[place])
+            else:
+                ref = match.hashes[place].hex()
+            if ref is not None:
+                yield group, place, ref
 
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], external: int) -> None:
         """vLLM has found room for the tokens that `matched` promised."""
@@ -266,10 +264,11 @@ class SchedulerSide:
                 internals.become_output(request, start.prompt_tokens)
             self._plan.starts.append(start)
 
-    def stepped(self, finished: Iterable[str], report: StepReport | None) -> None:
+    def stepped(self, finished: Iterable[str], report: Any) -> None:
         """What the workers answered."""
         for request_id in finished:
             self._loading.pop(request_id, None)
+        report = report if isinstance(report, StepReport) else None
         if report is not None:
             for request_id in report.failed:  # vLLM decides: it fails, or is computed; not loaded again
                 self._matches.pop(request_id, None)
@@ -328,7 +327,7 @@ class SchedulerSide:
         request = self._live.get(request_id)
         if request is None or self._index is None or self.blocks is None or self._manager is None:
             return
-        if request_id in self._salts or not internals.is_plain(request):
+        if request_id in self._salts or not internals.is_plain(request) or requests.cartridge(request):
             return
         done = min(internals.computed_tokens(request) // self._size, len(request.block_hashes))
         first = self._saved.get(request_id, 0)
@@ -493,6 +492,9 @@ class SchedulerSide:
             "finished": finished,
             "sampling": requests.sampling(params),
         }
+        cartridge = requests.cartridge(request)
+        if cartridge is not None:
+            state["cartridge"] = cartridge
         salt = self._salts.get(request.request_id, request.cache_salt)
         if salt is not None:
             state["salt"] = requests.digest(salt)
@@ -529,11 +531,6 @@ class SchedulerSide:
 
     def _base_name(self, name: bytes) -> str:
         return self._names.get(name) or name.hex()
-
-
-def _window(layout: Layout) -> int | None:
-    kind, _, window = layout.attention.partition(":")
-    return int(window) if kind == "sliding" else None
 
 
 def _salt(checkout: Checkout, salt: str | None) -> str:

@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Final
 
 import torch
 
 from kvist.engines.vllm import internals
+from kvist.engines.vllm.arrivals import Arrivals
 from kvist.engines.vllm.capturing import Captures, Digests, Known
 from kvist.engines.vllm.messages import CapturePlan, Load, Start, StepPlan, StepReport
 from kvist.engines.vllm.pages import Done, GroupPages
@@ -33,28 +34,13 @@ _CHUNK: Final = 32 << 20
 _GENERATORS_MAX: Final = 1024
 
 
-@dataclass(slots=True)
-class Counters:
-    """What a worker has done since it started.
-
-    Attributes:
-        pages_loaded: pages written into the cache.
-        pages_read: pages read from the store for that, or ahead of it.
-        loads, loads_failed: requests that waited for pages.
-    """
-
-    pages_loaded: int = 0
-    pages_read: int = 0
-    loads: int = 0
-    loads_failed: int = 0
-
-
 class WorkerSide:
     """See the module.
 
     Attributes:
         layouts: this rank's, by group.
-        counters: see `Counters`.
+        arrivals: what became of loads.
+        pages_read: pages read from the store for them, or ahead of them.
     """
 
     def __init__(
@@ -75,7 +61,8 @@ class WorkerSide:
             cache_bytes: bound of the durable prefix cache, 0: none; ``None``: there is no such cache.
         """
         self.layouts = layouts
-        self.counters = Counters()
+        self.arrivals = Arrivals()
+        self.pages_read = 0
         self._store, self._host_bytes, self._numerics = store, host_bytes, numerics
         self._cache_bytes = cache_bytes
         self._saver: Saver | None = None
@@ -94,10 +81,6 @@ class WorkerSide:
         self._known = Known()
         self._captures: Captures | None = None
         self._generators: dict[str, torch.Generator] = {}
-        self._arrived: set[str] = set()
-        self._failed: set[str] = set()
-        self._bad_blocks: set[int] = set()
-        self._report = StepReport()
 
     def register(self, caches: dict[str, torch.Tensor], groups: Sequence[Sequence[str]], blocks: int) -> None:
         """The cache of each layer, once vLLM has made them."""
@@ -123,8 +106,15 @@ class WorkerSide:
         return [asdict(layout) for layout in self.layouts], self._numerics()
 
     def stats(self) -> dict[str, int]:
-        """The counters."""
-        found = asdict(self.counters) | {"pages_captured": self.captures.pages_captured}
+        """What this worker has done since it started."""
+        arrivals = self.arrivals
+        found = {
+            "pages_loaded": arrivals.pages,
+            "pages_read": self.pages_read,
+            "loads": arrivals.loads,
+            "loads_failed": arrivals.failed,
+            "pages_captured": self.captures.pages_captured,
+        }
         if self._saver is not None:
             found |= {"blocks_saved": self._saver.saved, "saves_dropped": self._saver.dropped}
         return found
@@ -188,17 +178,12 @@ class WorkerSide:
                 self._loaders.submit(self._load, load, after)
 
     def take_arrived(self) -> tuple[set[str], set[str], set[int]]:
-        """Requests whose loads ended since the last call: those that have their pages, the others, and their blocks."""
-        with self._lock:
-            taken = self._arrived, self._failed, self._bad_blocks
-            self._arrived, self._failed, self._bad_blocks = set(), set(), set()
-            return taken
+        """See `Arrivals.take`."""
+        return self.arrivals.take()
 
     def take_report(self) -> StepReport | None:
-        """What happened since the last call."""
-        with self._lock:
-            report, self._report = self._report, StepReport()
-        return report if report != StepReport() else None
+        """See `Arrivals.take_report`."""
+        return self.arrivals.take_report()
 
     @property
     def _on_device(self) -> bool:
@@ -219,19 +204,9 @@ class WorkerSide:
                 log.exception("request %s: loading failed", load.request_id)
             gone = self._forget(load) if isinstance(error, IntegrityError) else []
             self._known.forget(place for place, _ in load.pages)  # some may have come, and be computed anew in place
-            with self._lock:
-                self._report.gone += gone
-                self.counters.loads_failed += 1
-                self._failed.add(load.request_id)
-                self._bad_blocks |= {place.block for place, _ in load.pages}
-                self._report.failed.append(load.request_id)
+            self.arrivals.fail(load, gone)
         else:
-            with self._lock:
-                self.counters.loads += 1
-                self.counters.pages_loaded += len(load.pages)
-                self._arrived.add(load.request_id)
-                if nbytes:
-                    self._report.loads.append((nbytes, time.perf_counter() - started))
+            self.arrivals.arrive(load, nbytes, time.perf_counter() - started)
 
     def _bring(self, load: Load, after: Done) -> int:
         assert self._pool is not None
@@ -309,7 +284,7 @@ class WorkerSide:
                 pool.name(slot, pair)
                 held[pair] = slot
         with self._lock:
-            self.counters.pages_read += len(missing)
+            self.pages_read += len(missing)
         return _Slots(pool, [held[pair] for pair in digests], list(held.values()))
 
     def _parts(self, items: Sequence[Any], nbytes: int) -> Iterator[Sequence[Any]]:

@@ -224,6 +224,10 @@ class Core:
         """What the workers have done since they started, by rank."""
         return (await self.call("stats", {}, _Stats)).ranks[0]
 
+    async def cartridge_stats(self) -> dict[str, Any]:
+        """What the workers have done with cartridges since they started, by rank."""
+        return await self._call("cartridge_stats", {})
+
     async def preload(self, cid: str) -> Preloaded:
         """Bring a snapshot's pages near; returns when they are."""
         waited = _NOW

@@ -21,8 +21,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvist.errors import EngineError, KvistError
-from kvist.server.errors import error_response
+from kvist.server.cartridges import cartridge_routes
+from kvist.server.errors import NoConnector, error_response
 from kvist.server.schema import BODY_MAX, SnapshotBody, VllmCheckoutBody, read_body
+from kvist.server.vllm.cartridges import Cartridges
 from kvist.server.vllm.client import EngineClient
 from kvist.server.vllm.resume import Resume, may_name_a_snapshot, path_of
 from kvist.server.vllm.snapshots import Snapshots
@@ -31,6 +33,7 @@ from kvist.server.wire import Endpoint, guarded, json_response
 log = logging.getLogger("kvist.server")
 
 PREFIX: Final = "/v1/processfork"
+CARTRIDGES_PREFIX: Final = "/v1/kvist"
 
 
 class EndpointPlugin:
@@ -46,6 +49,7 @@ class EndpointPlugin:
 
     def __init__(self) -> None:
         self._snapshots = Snapshots()
+        self._cartridges = Cartridges()
         self._opening: asyncio.Task[None] | None = None
 
     def attach_router(self, app: Any) -> None:
@@ -54,11 +58,13 @@ class EndpointPlugin:
         What is added now comes to lie inside all middleware that vLLM adds later, authentication among it.
         """
         app.mount(PREFIX, routes(self._snapshots))
+        app.mount(CARTRIDGES_PREFIX, routes_of_cartridges(self._cartridges))
         app.add_middleware(Resume, snapshots=self._snapshots)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Any) -> None:
         """Take the engine, and begin to open the repository. A store out of reach does not keep the server down."""
         self._snapshots.attach(engine_client)
+        self._cartridges.attach(engine_client)
         if engine_client is not None:
             self._opening = asyncio.create_task(self._open())
 
@@ -66,7 +72,9 @@ class EndpointPlugin:
         try:
             await self._snapshots.open()
         except KvistError as error:
-            log.warning("snapshots are not available yet: %s%s", error, f" ({error.hint})" if error.hint else "")
+            hint = f" ({error.hint})" if error.hint else ""
+            is_meant = isinstance(error, NoConnector) and self._cartridges.is_served
+            log.log(logging.DEBUG if is_meant else logging.WARNING, "snapshots are not available: %s%s", error, hint)
         except Exception:
             log.exception("snapshots are not available yet")
 
@@ -85,14 +93,18 @@ class KvistMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self._snapshots = Snapshots()
+        self._cartridges = Cartridges()
         self._routes = routes(self._snapshots, prefix=PREFIX)
+        self._routes_of_cartridges = routes_of_cartridges(self._cartridges, prefix=CARTRIDGES_PREFIX)
         self._resume = Resume(app, self._snapshots)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let it pass."""
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
             return await self.app(scope, receive, send)
-        is_ours = path_of(scope).startswith(f"{PREFIX}/")
+        path = path_of(scope)
+        is_cartridges = path.startswith(f"{CARTRIDGES_PREFIX}/")
+        is_ours = is_cartridges or path.startswith(f"{PREFIX}/")
         if not is_ours and not may_name_a_snapshot(scope):
             return await self.app(scope, receive, send)
         state = scope["app"].state
@@ -103,8 +115,11 @@ class KvistMiddleware:
         if not is_allowed:  # vLLM says so itself of its own routes
             refusal: ASGIApp = JSONResponse({"error": "Unauthorized"}, 401) if is_ours else self.app
             return await refusal(scope, receive, send)
-        self._snapshots.attach(getattr(state, "engine_client", None))
-        return await (self._routes if is_ours else self._resume)(dict(scope), receive, send)
+        engine = getattr(state, "engine_client", None)
+        self._snapshots.attach(engine)
+        self._cartridges.attach(engine)
+        ours = self._routes_of_cartridges if is_cartridges else self._routes
+        return await (ours if is_ours else self._resume)(dict(scope), receive, send)
 
 
 def routes(snapshots: Snapshots, *, prefix: str = "", body_max: int = BODY_MAX) -> Starlette:
@@ -142,6 +157,21 @@ def routes(snapshots: Snapshots, *, prefix: str = "", body_max: int = BODY_MAX) 
     ]
     return Starlette(
         routes=[Route(prefix + path, guarded(endpoint), methods=[method]) for method, path, endpoint in table],
+        exception_handlers={HTTPException: _http_error},
+    )
+
+
+def routes_of_cartridges(cartridges: Cartridges, *, prefix: str = "", body_max: int = BODY_MAX) -> Starlette:
+    """The routes for cartridges, below ``prefix``."""
+
+    async def stats(request: Request) -> Response:
+        return json_response(await cartridges.stats())
+
+    return Starlette(
+        routes=[
+            Route(f"{prefix}/stats", guarded(stats), methods=["GET"]),
+            *cartridge_routes(cartridges.library, prefix=f"{prefix}/cartridges", body_max=body_max),
+        ],
         exception_handlers={HTTPException: _http_error},
     )
 

@@ -1,0 +1,205 @@
+"""`kvist cartridge add`, `remove` and `list`: the registry, from which running servers take cartridges up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from kvist.cli.invocation import Invocation, common
+from kvist.cli.output import Table
+from kvist.cli.text import printable
+from kvist.errors import AlreadyExists, UnknownCartridge
+
+if TYPE_CHECKING:
+    from kvist.cartridge.manifest import CartridgeManifest
+    from kvist.cartridge.registry import Registration, Registry
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _registry(command: _F) -> _F:
+    return click.option(
+        "--registry",
+        metavar="URL",
+        envvar="KVIST_REGISTRY",
+        help="A path or a postgresql: url; else KVIST_REGISTRY, else in the user's data directory.",
+    )(command)
+
+
+def _label(what: str) -> Callable[[_F], _F]:
+    return click.option("--label", "labels", metavar="KEY=VALUE", multiple=True, callback=_parse_labels, help=what)
+
+
+def _parse_labels(context: click.Context, param: click.Parameter, value: Iterable[str]) -> dict[str, str]:
+    labels = {}
+    for one in value:
+        key, equals, text = one.partition("=")
+        if not equals:
+            raise click.BadParameter(f"expected KEY=VALUE, got {one!r}", context, param)
+        labels[key] = text
+    return labels
+
+
+@click.command()
+@click.argument("cartridge", required=False)
+@click.option("--revision", metavar="REV", help="Commit, branch or tag, of a repository on the hub.")
+@click.option("--rev", metavar="REV", help="Instead of CARTRIDGE: a snapshot of the repository, as `commit` makes it.")
+@click.option("--id", "cartridge_id", metavar="ID", help="By which requests name it; else as the manifest does.")
+@_label("Give it a label, beside those of its manifest; may be repeated.")
+@click.option("--replace", is_flag=True, help="Even if other content is registered by that id.")
+@_registry
+@common
+def add(
+    run: Invocation,
+    cartridge: str | None,
+    revision: str | None,
+    rev: str | None,
+    cartridge_id: str | None,
+    labels: dict[str, str],
+    replace: bool,
+    registry: str | None,
+) -> None:
+    """Register CARTRIDGE, a directory or a repository on the hub; running servers take it up.
+
+    Its files stay where they are. Their headers are checked, and each byte when it is first used: to check these now,
+    `kvist cartridge verify`. What is registered already gets the new location and labels.
+    """
+    from kvist.cartridge.cartridge import Cartridge
+
+    if (cartridge is None) == (rev is None):
+        raise click.UsageError("name either CARTRIDGE or --rev REV")
+    if revision is not None and rev is not None:
+        raise click.UsageError("--revision goes with a repository on the hub, not with --rev")
+    location, directory = _of_repository(run, rev) if rev is not None else _of_files(cartridge or "", revision)
+    with Cartridge.from_pretrained(directory, verify=False) as opened:
+        manifest = opened.manifest
+    named = dataclasses.replace(
+        manifest,
+        cartridge_id=manifest.cartridge_id if cartridge_id is None else cartridge_id,
+        labels={**manifest.labels, **labels},
+    )
+    with _open(registry) as database:
+        _require_same_content(database, named, replace)
+        made = database.register(named, location)
+        where = database.name
+    document = {"registry": where} | _to_json(made)
+    run.out.result(document, ids=[made.cartridge_id], text=[f"{printable(made.cartridge_id)} is registered in {where}"])
+
+
+def _require_same_content(database: Registry, manifest: CartridgeManifest, replace: bool) -> None:
+    known = database.lookup(manifest.cartridge_id)
+    if known is not None and known.manifest.identity != manifest.identity and not replace:
+        raise AlreadyExists(
+            f"cartridge {manifest.cartridge_id} is registered with the content {known.manifest.identity}, got "
+            f"{manifest.identity}",
+            hint="choose another --id, or --replace it: requests of running servers get the new one from then on",
+        )
+
+
+def _of_files(cartridge: str, revision: str | None) -> tuple[str, Path]:
+    from kvist.cartridge.hub import resolve
+
+    directory = resolve(cartridge, revision=revision)
+    if Path(cartridge).is_dir():
+        return str(directory.absolute()), directory
+    source = {"hub": cartridge} | ({} if revision is None else {"revision": revision})
+    return json.dumps(source), directory
+
+
+def _of_repository(run: Invocation, rev: str) -> tuple[str, Path]:
+    from kvist.cartridge.library import default_cache_dir, open_source
+
+    with run.open() as repo:
+        cid = repo.resolve(rev)  # a branch may move
+    store = run.store_url if ":" in run.store_url else str(Path(run.store_url).absolute())
+    source = {"store": store, "rev": cid}
+    directory, _ = open_source(source, cache_dir=default_cache_dir(), model=None)
+    return json.dumps(source), directory
+
+
+@click.command()
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@_registry
+@common
+def remove(run: Invocation, ids: tuple[str, ...], registry: str | None) -> None:
+    """Take cartridges out of the registry. Their files stay, and so do requests that use them.
+
+    If one of them is not there, none is taken out.
+    """
+    with _open(registry) as database:
+        where, known = database.name, set(database.ids())
+        for cartridge_id in ids:
+            if cartridge_id not in known:
+                raise UnknownCartridge(
+                    f"no cartridge {cartridge_id!r:.120} is registered in {where}",
+                    hint="to see them: kvist cartridge list",
+                )
+        gone = [cartridge_id for cartridge_id in dict.fromkeys(ids) if database.unregister(cartridge_id)]
+    lines = [f"{printable(cartridge_id)} is taken out of {where}" for cartridge_id in gone]
+    run.out.result({"registry": where, "removed": gone}, ids=gone, text=lines)
+
+
+@click.command("list")
+@_label("Only those that carry it; of several, all.")
+@click.option("--model", metavar="ID", help="Only those made for the model of this id.")
+@_registry
+@common
+def list_(run: Invocation, labels: dict[str, str], model: str | None, registry: str | None) -> None:
+    """List what is registered, in the order of registration: of those with a label, a router takes the first."""
+    with _open(registry) as database:
+        found = [
+            one
+            for one in database.list_all()
+            if labels.items() <= one.manifest.labels.items() and model in (None, one.manifest.model_id)
+        ]
+        where = database.name
+    rows = [
+        (
+            printable(one.cartridge_id),
+            printable(one.manifest.model_id),
+            one.manifest.num_tokens_raw,
+            one.size,
+            printable(", ".join(f"{key}={value}" for key, value in sorted(one.manifest.labels.items()))),
+            printable(one.location) + ("" if _is_there(one.location) else " (missing)"),
+        )
+        for one in found
+    ]
+    run.out.result(
+        {"registry": where, "cartridges": [_to_json(one) for one in found]},
+        ids=(one.cartridge_id for one in found),
+        text=[Table(("cartridge", "model", "tokens", "bytes", "labels", "location"), rows)] if rows else [],
+    )
+
+
+def _open(registry: str | None) -> Registry:
+    from kvist.cartridge.registry import Registry
+
+    if registry is not None:
+        return Registry(registry)
+    import platformdirs
+
+    return Registry(platformdirs.user_data_path("kvist") / "cartridges.db")
+
+
+def _is_there(location: str) -> bool:
+    return location.startswith("{") or Path(location).is_dir()
+
+
+def _to_json(one: Registration) -> dict[str, Any]:
+    return {
+        "id": one.cartridge_id,
+        "identity": one.manifest.identity,
+        "location": one.location,
+        "missing": not _is_there(one.location),
+        "model_id": one.manifest.model_id,
+        "model_revision": one.manifest.model_revision,
+        "tokens": one.manifest.num_tokens_raw,
+        "bytes": one.size,
+        "labels": dict(one.manifest.labels),
+        "registered": one.registered_at.isoformat(),
+    }

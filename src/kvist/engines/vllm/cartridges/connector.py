@@ -1,0 +1,95 @@
+"""`CartridgeConnector`, as vLLM loads it by name.
+
+``--kv-transfer-config '{"kv_connector": "CartridgeConnector", "kv_connector_module_path":
+"kvist.engines.vllm.cartridges", "kv_role": "kv_both", "kv_connector_extra_config": {"registry": "cartridges.db"}}'``.
+Options: `kvist.cartridge.config` and docs/guides/cartridges.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from kvist.cartridge.config import CartridgeConfig, open_library
+from kvist.cartridge.library import Entry
+from kvist.engines.vllm import intake, internals
+from kvist.engines.vllm.cartridges.metrics import InjectionMetrics, InjectionStats, Meter
+from kvist.engines.vllm.cartridges.scheduler import CartridgeScheduler
+from kvist.engines.vllm.cartridges.worker import CartridgeWorker
+from kvist.engines.vllm.sides import SidedConnector
+from kvist.errors import InvalidInput, UnsupportedModel
+
+
+class CartridgeConnector(SidedConnector):
+    """One per process and role: vLLM asks it which tokens of a request are a cartridge's, and has it inject them."""
+
+    scheduler: CartridgeScheduler | None = None
+    worker: CartridgeWorker | None = None
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._settings = vllm_config.kv_transfer_config.kv_connector_extra_config
+        self.config = CartridgeConfig.from_extra(self._settings)
+        if role == KVConnectorRole.SCHEDULER:
+            layouts = internals.layouts(vllm_config, kv_cache_config, 0, is_pinned=False)
+            if any(layout.attention == "mla" for layout in layouts):
+                raise UnsupportedModel("a latent cache (MLA) has no keys and values that a cartridge could hold")
+            if vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute":
+                self._require_documents()
+            self.scheduler = CartridgeScheduler(layouts)
+        else:
+            from vllm.distributed import get_tensor_model_parallel_rank
+
+            rank = get_tensor_model_parallel_rank()
+            layouts = internals.layouts(vllm_config, kv_cache_config, rank, is_pinned=False)
+            attention = vllm_config.compilation_config.static_forward_context
+            self.worker = CartridgeWorker(layouts, self.config, attention, self._configured)
+            self._meter, self._told = Meter(), 0
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """See the base class. Steps beside which no load ended cost nothing."""
+        if self.worker is None or self.worker.arrivals.ended == self._told:
+            return None
+        self._told = self.worker.arrivals.ended
+        return self._meter.read(self.worker.stats())
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """See the base class."""
+        return InjectionStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        """See the base class."""
+        return InjectionMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _require_documents(self) -> None:
+        """Refuse cartridges that nothing could be recomputed from.
+
+        Raises:
+            InvalidInput: one has no token ids.
+        """
+        for entry in self._configured():
+            if not entry.manifest.has_token_ids:
+                raise InvalidInput(
+                    f"kv_load_failure_policy is recompute, and cartridge {entry.cartridge_id} has no token ids: if it "
+                    "could not be loaded, something else would be computed in its place",
+                    hint='set "kv_load_failure_policy": "fail"',
+                )
+
+    def _configured(self) -> list[Entry]:
+        """The cartridges that the configuration names."""
+        library, _ = open_library(self.config, intake.model_identity(self._vllm_config, self._settings))
+        try:
+            ids = dict.fromkeys((*self.config.preload, *library.ids()[: len(self.config.sources)]))
+            return [library.get(cartridge_id) for cartridge_id in ids]
+        finally:
+            library.close()
