@@ -194,6 +194,18 @@ class ResidencyFull(EngineError):
     kind = "residency_full"
 
 
+class CartridgeTooLarge(ResidencyFull):
+    """It is larger than all the memory that there is for cartridges; only another configuration helps."""
+
+    kind = "cartridge_too_large"
+
+
+class CartridgeNotReady(EngineError):
+    """It is being fetched or converted, or looked for; retry in a moment."""
+
+    kind = "cartridge_not_ready"
+
+
 class UnsupportedModel(EngineError):
     """A model whose cache this engine cannot page; it is named, never approximated."""
 

@@ -236,7 +236,7 @@ def test_wrong_layers_are_refused(case: str) -> None:
         {"provenance": {"a": object()}},
         {"resource_kind": "weights"},
     ],
-    ids=str,
+    ids=lambda words: next(iter(words)),
 )
 def test_wrong_words_are_refused(said: dict[str, Any]) -> None:
     with pytest.raises(InvalidCartridge):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from kvist.cartridge.formats import read_checkpoint
@@ -246,7 +247,7 @@ def test_a_data_type_is_kept(dtype: str, pt: Path) -> None:
 
 
 def test_a_data_type_is_converted_on_request_only(pt: Path) -> None:
-    pairs = [(torch.randn(1, 2, 5, 4, dtype=torch.float64), torch.randn(1, 2, 5, 4))] * 2
+    pairs = [(torch.randn(1, 2, 5, 4, dtype=torch.float64), torch.randn(1, 2, 5, 4)) for _ in range(2)]
     with pytest.raises(InvalidCartridge, match="got float32, float64") as caught:
         read_checkpoint(save(pt, pairs))
     assert "--dtype" in str(caught.value.hint)
@@ -257,10 +258,26 @@ def test_a_data_type_is_converted_on_request_only(pt: Path) -> None:
         read_checkpoint(pt, dtype="int8")
 
 
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(1, 2, 0, 4), "some elements"),
+        (torch.zeros(1, 2, 5, 4, dtype=torch.float64), "dtype must be one of"),
+    ],
+    ids=["empty", "float64"],
+)
+def test_what_a_file_of_safetensors_cannot_have(tensor: torch.Tensor, message: str, tmp_path: Path) -> None:
+    """Its reader is that of cartridges; files of torch.save can have both."""
+    named = {f"{half}_cache.{n}": torch.zeros(1, 2, 5, 4) for half in ("key", "value") for n in range(2)}
+    save_file(named | {"frozen_keys.0": tensor}, tmp_path / "a.safetensors")
+    with pytest.raises(InvalidCartridge, match=message):
+        read_checkpoint(tmp_path / "a.safetensors", dtype="bfloat16")
+
+
 def test_a_conversion_that_overflows(pt: Path) -> None:
     big = torch.full((1, 2, 5, 4), 1e6)
     with pytest.raises(InvalidCartridge, match="layer 0 K holds a NaN or an infinity"):
-        read_checkpoint(save(pt, [(big, big)]), dtype="float16")
+        read_checkpoint(save(pt, [(big, big.clone())]), dtype="float16")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float8_e4m3fn, torch.bool])
@@ -310,6 +327,19 @@ def test_knlp_keeps_the_token_ids_of_a_prefill(tmp_path: Path) -> None:
 def test_knlp_strided_is_no_prefill_of_its_token_ids(tmp_path: Path) -> None:
     """Its keys were taken out of a longer text and rotated anew."""
     assert read_checkpoint(knlp(tmp_path, sample(), init_method_canonical="strided_rope")).token_ids is None
+
+
+@pytest.mark.parametrize("method", ["strided_rope", "sci", "legacy_sci", 5, None])
+def test_knlp_of_before_canonical_names(method: object, tmp_path: Path) -> None:
+    """``sci`` was what is ``strided_rope`` now."""
+    assert read_checkpoint(knlp(tmp_path, sample(), init_method=method)).token_ids is None
+    known = knlp(tmp_path, sample(), init_method=method, init_method_canonical="sci_chunk")
+    assert read_checkpoint(known).token_ids is not None
+
+
+@pytest.mark.parametrize("method", [{}, {"init_method": "first_k"}])
+def test_knlp_of_the_script_that_knows_one_way(method: dict[str, str], tmp_path: Path) -> None:
+    assert read_checkpoint(knlp(tmp_path, sample(), **method)).token_ids is not None
 
 
 @pytest.mark.parametrize(

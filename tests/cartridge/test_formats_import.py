@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvist.cartridge.cartridge import Cartridge
-from kvist.cartridge.formats import import_checkpoint
+from kvist.cartridge.formats import Imported, import_checkpoint, importing
 from kvist.errors import DamagedCartridge, InvalidCartridge, InvalidInput, LayoutMismatch, NotFound
 
 from .checkpoints import (
@@ -23,6 +23,7 @@ from .checkpoints import (
     knlp,
     legacy_cache,
     peft,
+    reasoncache,
     sample,
     sidecar,
 )
@@ -100,6 +101,47 @@ def test_a_manifest_must_be_of_the_file(changes: dict[str, Any], message: str, t
     with_sidecar(path, **changes)
     with pytest.raises(InvalidCartridge, match=message):
         import_checkpoint(path, MODEL)
+
+
+def test_what_a_manifest_leaves_out_is_not_compared(tmp_path: Path) -> None:
+    path = hazy(tmp_path, sample())
+    whole = sidecar(path, sample())
+    required = list(whole)[: list(whole).index("num_frozen_tokens")]
+    path.with_name("cache-step100.pt.json").write_text(json.dumps({name: whole[name] for name in required}))
+    manifest = import_checkpoint(path, MODEL).manifest
+    assert (manifest.cartridge_id, manifest.num_frozen_tokens, manifest.resource_kind) == ("patient_04", 2, "cartridge")
+
+
+def test_a_kind_that_a_manifest_leaves_out_is_the_files(tmp_path: Path) -> None:
+    path = reasoncache(tmp_path, sample())
+    said = sidecar(path, sample(), has_frozen_prefix=False, num_frozen_tokens=0)
+    del said["resource_kind"]
+    path.with_name("reason.pt.json").write_text(json.dumps(said))
+    assert import_checkpoint(path, MODEL).manifest.resource_kind == "reasoncache"
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", "", '{"some": "config"}', "\0", "[" * 100_000])
+def test_an_unrelated_file_beside_is_no_manifest(text: str, tmp_path: Path) -> None:
+    path = hazy(tmp_path, sample())
+    path.with_suffix(".json").write_text(text)
+    assert import_checkpoint(path, MODEL, cartridge_id="doc").manifest.labels == {}
+    path.with_name(path.name + ".json").write_text(text)
+    with pytest.raises(InvalidCartridge, match=r"cache-step100\.pt\.json"):
+        import_checkpoint(path, MODEL, cartridge_id="doc")
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = hazy(tmp_path, sample())
+    original = importing.read_checkpoint
+
+    def read(*words: Any, **said: Any) -> Imported:
+        imported = original(*words, **said)
+        hazy(tmp_path, sample(seed=1))
+        return imported
+
+    monkeypatch.setattr(importing, "read_checkpoint", read)
+    with pytest.raises(InvalidCartridge, match="has changed while it was read"):
+        import_checkpoint(path, MODEL, cartridge_id="doc")
 
 
 def test_a_checksum_must_be_that_of_the_file(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 import zlib
@@ -265,6 +267,68 @@ def test_a_compressed_record_is_refused_before_it_is_read(pt: Path) -> None:
         read_checkpoint(pt)
     assert tracemalloc.get_traced_memory()[1] < 16 << 20
     tracemalloc.stop()
+
+
+AMPLIFIED = """
+import resource, sys
+from kvist.cartridge.formats import read_checkpoint
+from kvist.errors import InvalidCartridge
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read_checkpoint(sys.argv[1])
+except InvalidCartridge as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_tensor_that_a_file_names_often_takes_its_memory_once(pt: Path) -> None:
+    """Two bytes of pickle each, 2 MiB of memory each: 800 MiB, and with three megabytes hundreds of GiB."""
+    large, sink = torch.zeros(1, 2, 8192, 32), torch.zeros(1, 2, 1, 32)
+    names = ("trainable_keys", "trainable_values", "frozen_keys", "frozen_values")
+    torch.save(dict(zip(names, ([large] * 200, [large] * 200, [sink] * 200, [sink] * 200), strict=True)), pt)
+    assert pt.stat().st_size < 3 << 20
+    ran = subprocess.run([sys.executable, "-c", AMPLIFIED, str(pt)], capture_output=True, text=True, check=True)
+    message, grown = ran.stdout.splitlines()
+    assert "more than once" in message
+    assert int(grown) < 100 << 10
+
+
+def test_tensors_that_lie_over_the_same_bytes_are_refused(pt: Path) -> None:
+    whole = torch.randn(3, 2, 8, 4)
+    values = [torch.randn(1, 2, 8, 4) for _ in range(4)]
+    torch.save({"key_cache": [whole[n : n + 1] for n in (0, 1, 1, 1)], "value_cache": values}, pt)
+    with pytest.raises(InvalidCartridge, match="more than once over the 768 bytes") as caught:
+        read_checkpoint(pt)
+    assert caught.value.hint is not None
+
+
+def test_tensors_may_share_a_storage_and_be_named_elsewhere(pt: Path) -> None:
+    """As views of one tensor are saved; a file may also hold the same for a program of its own."""
+    whole = torch.randn(4, 1, 2, 8, 4)
+    tree = {"key_cache": [whole[0], whole[1]], "value_cache": [whole[2], whole[3]]}
+    torch.save(tree | {"best": tree["key_cache"], "all": whole}, pt)
+    imported = read_checkpoint(pt)
+    assert torch.equal(imported.layers[1][1], whole[3][0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("key", [-1, 1 << 31, (1 << 61) - 1, -(1 << 61) + 1, 10 << 61])
+def test_integer_keys_that_can_share_a_hash_are_refused(key: int, pt: Path) -> None:
+    """Multiples of 2^61-1 have one hash: a dict of them takes a time that grows with the square of their number."""
+    with_pickle(pt, pickle.dumps({key: None}, protocol=2))
+    with pytest.raises(InvalidCartridge, match="2\\^31"):
+        read_checkpoint(pt)
+
+
+def test_a_storage_of_bytes_that_are_no_elements(pt: Path) -> None:
+    """Of an untyped storage the pickle says the bytes, and the tensor says the type."""
+    storage = b"(X\x07\0\0\0storagectorch.storage\nUntypedStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x07tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v3\n(" + storage + b"K\0(K\x01K\x01K\x01K\x01t(K\x01K\x01K\x01K\x01t"
+    tensor += b"\x89ccollections\nOrderedDict\n)Rctorch\nfloat32\ntR"
+    program = b"\x80\x02](" + tensor + tensor + b"\x86e."
+    zipped(pt, zipfile.ZIP_STORED, a__data__0=bytes(7), **{"a/data.pkl": program})
+    with pytest.raises(InvalidCartridge, match="has 7 bytes, expected a multiple of 4"):
+        read_checkpoint(pt)
 
 
 def test_records_that_overlap_are_refused(pt: Path) -> None:

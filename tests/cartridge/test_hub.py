@@ -109,6 +109,39 @@ def test_a_second_push_replaces_the_first_whole(hub: Hub, call: Call, saved: Pat
     assert call("open", name="org/one")["result"]["identity"] == other.identity
 
 
+def test_files_of_the_cartridge_before_are_deleted_whatever_they_are_called(
+    hub: Hub, call: Call, saved: Path, tmp_path: Path
+) -> None:
+    make_cartridge(seed=1).save_pretrained(tmp_path / "other")
+    document = json.loads((tmp_path / "other" / "cartridge.json").read_text())
+    document["files"][0]["name"] = "kv.safetensors"
+    before = {"cartridge.json": json.dumps(document).encode(), "kv.safetensors": b"x", "model.safetensors": b"mine"}
+    hub.repos["org/one"] = repo = Repo()
+    repo.commit(before, "main")
+    assert "result" in call("push", directory=str(saved), repo_id="org/one", **TOKEN)
+    tree = repo.commits[repo.branches["main"]]
+    assert set(tree) == {*files(saved), "README.md", "model.safetensors"}
+    repo.commit({"cartridge.json": b"what is this"}, "main")
+    assert "result" in call("push", directory=str(saved), repo_id="org/one", **TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ({"training_steps": 5, "ids": False}, "trained in 5 steps"),
+        ({"ids": True}, "as a prefill computes them"),
+        ({"ids": False, "source_format": "peft"}, "from peft"),
+    ],
+)
+def test_the_card_says_what_is_known(hub: Hub, call: Call, tmp_path: Path, said: dict[str, Any], kind: str) -> None:
+    made = make_cartridge(**said)
+    made.save_pretrained(tmp_path / "c")
+    assert made.manifest.origin == kind
+    assert "result" in call("push", directory=str(tmp_path / "c"), repo_id="org/one", **TOKEN)
+    repo = hub.repos["org/one"]
+    assert f"`org/tiny`, {kind}.".encode() in repo.commits[repo.branches["main"]]["README.md"]
+
+
 def test_saved_and_pushed_at_once_and_from_memory(hub: Hub, call: Call, saved: Path, tmp_path: Path) -> None:
     target = str(tmp_path / "named")
     ran = call("save", directory=str(saved), save_directory=target, push_to_hub=True, private=True, **TOKEN)

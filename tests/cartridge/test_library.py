@@ -6,16 +6,27 @@ import dataclasses
 import json
 import logging
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvist.cartridge.library import Entry, Library
+from kvist.cartridge.library import Entry, Library, open_source
 from kvist.cartridge.manifest import CartridgeManifest
 from kvist.cartridge.registry import Registry
-from kvist.errors import DamagedCartridge, InvalidInput, LayoutMismatch, NotFound, StoreError, UnknownCartridge
+from kvist.errors import (
+    CartridgeNotReady,
+    DamagedCartridge,
+    InvalidInput,
+    LayoutMismatch,
+    NotFound,
+    StoreError,
+    UnknownCartridge,
+)
 from kvist.repo import Repository
 
 from .databases import postgres_server, registry, url
@@ -87,11 +98,106 @@ def test_registered_ones_come_and_go(tmp_path: Path, url: str, registry: Registr
         assert found.directory.is_dir()
 
 
-def test_a_label_that_came_is_found_without_a_refresh(tmp_path: Path, url: str, registry: Registry) -> None:
-    with Library(registry=Registry(url)) as library:
+def soon(ask: Callable[[], Any]) -> Any:
+    """What ``ask`` comes to when the library's threads have done their work."""
+    while True:
+        try:
+            if (found := ask()) is not None:
+                return found
+        except CartridgeNotReady:
+            pass
+        time.sleep(0.005)
+
+
+def test_who_does_not_wait_is_told_to_come_again(
+    tmp_path: Path, url: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = entry(tmp_path, "own")
+    with Library([own], registry=Registry(url), model=MODEL) as library:
+        assert library.ready("own") is own
         assert library.ids_by_label("area", "law") == []
-        add(registry, tmp_path, "law", labels={"area": "law"})
-        assert library.ids_by_label("area", "law") == ["law"]
+        law = add(registry, tmp_path, "law", labels={"area": "law"})
+        assert soon(lambda: library.ids_by_label("area", "law") or None) == ["law"]
+        may_open = threading.Event()
+
+        def slow(*args: Any, **said: Any) -> Any:
+            may_open.wait()
+            return open_source(*args, **said)
+
+        monkeypatch.setattr("kvist.cartridge.library.open_source", slow)
+        for _ in range(3):
+            with pytest.raises(CartridgeNotReady, match="law is being fetched"):
+                library.ready("law")
+        assert library.ready("own") is own
+        assert library.known() == [("own", own.manifest, None), ("law", law, None)]
+        may_open.set()
+        assert soon(lambda: library.ready("law")) is library.get("law")
+        with pytest.raises(CartridgeNotReady, match="is being asked"):
+            library.ready("later")
+        with pytest.raises(UnknownCartridge, match="there are: own, law"):
+            soon(lambda: library.ready("nobody"))
+        later = add(registry, tmp_path, "later")
+        assert soon(lambda: _found(library, "later")).manifest == later
+        with pytest.raises(UnknownCartridge):
+            Library([own]).ready("law")
+
+
+def _found(library: Library, name: str) -> Entry | None:
+    try:
+        return library.ready(name)
+    except UnknownCartridge:
+        return None
+
+
+def test_who_does_not_wait_is_told_why_it_cannot_be_opened(tmp_path: Path, url: str, registry: Registry) -> None:
+    add(registry, tmp_path, "law")
+    shutil.rmtree(tmp_path / "law")
+    with Library(registry=Registry(url)) as library:
+        for _ in range(2):
+            with pytest.raises(NotFound, match="law"):
+                soon(lambda: library.ready("law"))
+        with pytest.raises(NotFound):
+            library.get("law")
+        ((name, _, error),) = library.known()
+        assert (name, type(error)) == ("law", NotFound)
+        save(tmp_path, "law")
+        library.get("law")
+        assert library.known()[0][2] is None
+
+
+def test_nobody_waits_twice_for_a_registry_that_does_not_answer(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One asks; those who came meanwhile, or come in the seconds after, do not."""
+    add(registry, tmp_path, "law")
+    library, asked, may_fail, now = Library(registry=registry), threading.Semaphore(0), threading.Event(), [100.0]
+    monkeypatch.setattr("kvist.cartridge.library.time.monotonic", lambda: now[0])
+    calls: list[int] = []
+
+    def hangs() -> int:
+        calls.append(1)
+        asked.release()
+        may_fail.wait()
+        raise StoreError("no route to the database")
+
+    version = registry.version
+    monkeypatch.setattr(registry, "version", hangs)
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(library.refresh) for _ in range(8)]
+        asked.acquire()
+        library.nudge()
+        assert library.get("law").cartridge_id == "law", "while it hangs"
+        may_fail.set()
+        assert not any(one.result() for one in waiting)
+    assert not library.refresh()
+    assert len(calls) == 1
+    monkeypatch.setattr(registry, "version", version)
+    add(registry, tmp_path, "taxes")
+    assert not library.refresh(), "it is not asked yet"
+    now[0] += 5.1
+    assert library.refresh() or library.ids() == ["law", "taxes"]  # the other thread may have been first
+    assert library.get("taxes").cartridge_id == "taxes"
+    library.close()
 
 
 def test_what_is_registered_again_is_opened_again(tmp_path: Path, url: str, registry: Registry) -> None:
@@ -167,20 +273,44 @@ def test_a_registry_that_cannot_be_read_changes_nothing(
 ) -> None:
     add(registry, tmp_path, "law")
     library = Library(registry=registry)
-    with registry._engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE kvist_cartridges SET manifest = '{}'")
-        connection.exec_driver_sql("UPDATE kvist_registry SET version = 77")
+    registry.close()
     with caplog.at_level(logging.WARNING, "kvist.cartridge"):
         for _ in range(3):
             assert not library.refresh()
-        registry.close()
-        assert not library.refresh()
         assert library.get("law").cartridge_id == "law"
         with pytest.raises(UnknownCartridge):
             library.get("taxes")
     assert len(caplog.records) == 1
     with pytest.raises(StoreError):
         Library(registry=registry)
+
+
+def test_a_row_of_a_later_version_freezes_nothing(
+    tmp_path: Path, url: str, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is passed over: what was removed is gone, what was added is there, and new servers start."""
+    add(registry, tmp_path, "gone")
+    add(registry, tmp_path, "stays")
+    with Library(registry=Registry(url), model=MODEL) as library:
+        add(registry, tmp_path, "later")
+        with registry._engine.begin() as connection:
+            connection.exec_driver_sql(
+                "UPDATE kvist_cartridges SET manifest = replace(manifest, '_version\": 1', '_version\": 2') "
+                "WHERE cartridge_id = 'later'"
+            )
+        registry.unregister("gone")
+        add(registry, tmp_path, "new")
+        with caplog.at_level(logging.WARNING, "kvist.cartridge"):
+            assert library.refresh()
+            assert not library.refresh()
+        assert library.ids() == ["stays", "new"]
+        assert library.get("new").cartridge_id == "new"
+        for name in ("gone", "later"):
+            with pytest.raises(UnknownCartridge):
+                library.get(name)
+        assert len(caplog.records) == 1 and "later" in caplog.text
+        with Library(registry=Registry(url), model=MODEL) as another:
+            assert another.ids() == ["stays", "new"]
 
 
 def test_threads_look_up_while_cartridges_come_and_go(tmp_path: Path, url: str, registry: Registry) -> None:

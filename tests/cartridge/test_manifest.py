@@ -299,6 +299,37 @@ SIDECAR: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("name", ["provenance", "rope"])
+@pytest.mark.parametrize("depth", [65, 500, 900])
+def test_what_is_nested_too_deeply_is_refused_when_it_is_read(name: str, depth: int) -> None:
+    """Not by a RecursionError of whoever writes it out later."""
+    text = make_manifest().to_json().replace(f'"{name}": {{}}', f'"{name}": ' + '{"a":' * depth + "1.0" + "}" * depth)
+    with pytest.raises(InvalidCartridge, match=r"64 objects|not JSON"):
+        CartridgeManifest.from_json(text)
+
+
+def test_as_deep_as_it_may_be_it_is_written_out() -> None:
+    value: Any = 1
+    for _ in range(63):
+        value = {"a": [value]} if isinstance(value, int) else {"a": value}
+    manifest = make_manifest(provenance=value)
+    assert CartridgeManifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize("value", [10000, {"a": {"b": {}}}, [[1.0]], None])
+def test_a_rotation_has_one_spelling(value: object) -> None:
+    """Or one cartridge had two identities."""
+    for rope in ({"rope_theta": value}, {"full_attention": {"rope_theta": value}}):
+        with pytest.raises(InvalidCartridge, match="rope"):
+            make_manifest(rope=rope)
+    make_manifest(rope={"rope_theta": 10000.0, "rope_type": "yarn", "truncate": False, "short_factor": [1.0, 2.0]})
+
+
+def test_true_is_no_number_of_a_rotation() -> None:
+    manifest = make_manifest(rope={"rope_theta": True})
+    assert manifest.validate_against_model(dataclasses.replace(manifest.model, rope={"rope_theta": 1.0}))
+
+
 def test_a_sidecar_is_read_leniently() -> None:
     manifest = CartridgeManifest.from_dict(SIDECAR | {"connector_version": 3, "layers": 28}, lenient=True)
     assert (manifest.schema_version, manifest.layers, manifest.files) == (0, (), ())

@@ -162,6 +162,33 @@ def test_two_ropes_for_two_kinds_of_layers() -> None:
     assert old == new and old["sliding_attention"]["rope_theta"] == 10_000.0
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["1" + "0" * 400, "1e999", "NaN", "-Infinity", "[" * 700 + "]" * 700, "[[1]]", '{"a": 1}', '"\\ud800"', "[null]"],
+    ids=lambda value: value[:12],
+)
+def test_a_rope_of_nonsense_is_refused(tmp_path: Path, value: str) -> None:
+    for key in ("rope_theta", "rope_scaling"):
+        given = value if key == "rope_theta" else f'{{"factor": {value}}}'
+        text = f'{{"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "{key}": {given}}}'
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InvalidInput):
+            ModelIdentity.of_directory(tmp_path)
+
+
+def test_a_directory_of_the_hubs_cache_says_the_same_to_all(tmp_path: Path) -> None:
+    """Whoever asks: what a cartridge is pinned to, and what an engine says of its model."""
+    commit = "a" * 40
+    for path, name in (("models--org--n/snapshots", "org/n"), ("x/snapshots", commit)):
+        directory = tmp_path / path / commit
+        directory.mkdir(parents=True)
+        config = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8}
+        (directory / "config.json").write_text(json.dumps(config))
+        model = ModelIdentity.of_directory(directory)
+        assert (model.model_id, model.revision) == (name, commit)
+        assert revision(directory) == revision_like(directory, None) == commit
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3"])
 def test_what_transformers_writes_is_read(tmp_path: Path, family: str) -> None:
     """Of real files: and a pinned revision is the digest of the weights."""

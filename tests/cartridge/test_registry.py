@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import sqlalchemy as sql
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvist.cartridge import database
 from kvist.cartridge.manifest import CartridgeManifest
 from kvist.cartridge.registry import SCHEMA, Registry
 from kvist.errors import AlreadyExists, InvalidCartridge, InvalidInput, StoreError
@@ -116,7 +118,11 @@ def test_replacing_can_be_refused(registry: Registry) -> None:
     registry.register(manifest("new"), "/c/new", replace=False)
 
 
-@pytest.mark.parametrize("location", ["c/law", "", "~/law", "{", "[1]", "{]", "/c\0", "/c\ud800", "/" + "c" * 70000])
+@pytest.mark.parametrize(
+    "location",
+    ["c/law", "", "~/law", "{", "[1]", "{]", "/c\0", "/c\ud800", "/" + "c" * 70000, '{"a":' * 9999 + "1" + "}" * 9999],
+    ids=range(10),
+)
 def test_a_location_means_the_same_to_every_process(registry: Registry, location: str) -> None:
     with pytest.raises(InvalidInput, match="location"):
         registry.register(manifest(), location)
@@ -128,6 +134,14 @@ def test_a_manifest_of_another_project_is_refused(registry: Registry) -> None:
     with pytest.raises(InvalidCartridge):
         registry.register(CartridgeManifest.from_dict(told, lenient=True), "/c/a")
     assert registry.version() == 0
+
+
+@pytest.mark.parametrize("field", ["model_id", "model_revision", "tokenizer_hash"])
+@pytest.mark.parametrize("text", ["org/ti\u200bny", "a\n", "\x1b[31m"])
+def test_what_no_model_is_called_is_no_manifest(field: str, text: str) -> None:
+    """Else it would be registered, and nobody could open it."""
+    with pytest.raises(InvalidCartridge, match=f"{field} must be printable"):
+        CartridgeManifest.from_dict(manifest().to_dict() | {field: text})
 
 
 def test_a_location_may_be_a_source(registry: Registry) -> None:
@@ -176,6 +190,18 @@ def test_what_no_database_holds_is_not_there(registry: Registry, odd: str) -> No
     assert not registry.unregister(odd)
     assert registry.lookup_by_label(odd, "law") == registry.lookup_by_label("area", odd) == []
     assert registry.ids_by_label(odd, "law") == registry.lookup_by_model(odd) == []
+
+
+def test_labels_have_a_bound_and_cost_one_statement(registry: Registry) -> None:
+    labels = {f"k{number}": "v" for number in range(65)}
+    with pytest.raises(InvalidInput, match="at most 64, got 65"):
+        registry.register(manifest(labels=labels), "/c")
+    statements: list[str] = []
+    sql.event.listen(registry._engine, "before_cursor_execute", lambda *said: statements.append(said[2]))
+    labels.popitem()
+    registry.register(manifest(labels=labels), "/c")
+    assert sum("INSERT INTO kvist_labels" in one for one in statements) == 1
+    assert registry.ids_by_label("k63", "v") == ["a"]
 
 
 @pytest.mark.parametrize("labels", [{"k" * 513: "v"}, {"k": "v" * 2049}, {"é" * 257: "v"}])
@@ -315,12 +341,19 @@ def test_one_of_another_version_is_not_touched(url: str) -> None:
     assert name in str(refused.value)
 
 
-def test_a_row_that_is_no_manifest_is_told(registry: Registry) -> None:
+def test_a_row_of_a_later_version_hides_no_other(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
     fill(registry)
     with registry._engine.begin() as connection:
-        connection.execute(sql.text("UPDATE kvist_cartridges SET manifest = '{}' WHERE cartridge_id = 'tax'"))
+        later = "UPDATE kvist_cartridges SET manifest = replace(manifest, '_version\": 1', '_version\": 2')"
+        assert connection.execute(sql.text(later + " WHERE cartridge_id = 'tax'")).rowcount
+    with caplog.at_level(logging.WARNING, "kvist.cartridge"):
+        for _ in range(3):
+            assert ids(registry.list_all()) == ["law", "civil"]
+        assert ids(registry.lookup_by_model("org/other")) == ids(registry.lookup_by_label("area", "tax")) == []
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "tax" in caplog.text and "kvist cartridge remove tax" in caplog.text
     with pytest.raises(InvalidCartridge, match="tax") as refused:
-        registry.list_all()
+        registry.lookup("tax")
     assert refused.value.hint == "to take it out: kvist cartridge remove tax"
     assert registry.lookup("law") is not None
     assert registry.ids() == ["law", "tax", "civil"]
@@ -432,3 +465,12 @@ def test_a_server_that_is_not_there_is_told_without_the_password(tmp_path: Path)
         Registry(f"postgresql://me:secret@/d?host={tmp_path}")
     assert "secret" not in str(refused.value)
     assert "postgresql" in str(refused.value)
+
+
+@pytest.mark.parametrize("secret", ["password", "sslpassword", "oauth_client_secret", "of_a_later_version"])
+def test_a_password_of_whatever_name_is_not_shown(secret: str) -> None:
+    url = database.parse(f"postgresql://me:hidden@db/d?host=/run/one&{secret}=hidden")
+    assert url.query[secret] == "hidden"
+    shown = database.shown(url)
+    assert "hidden" not in shown
+    assert "me:***@db/d" in shown and "one" in shown

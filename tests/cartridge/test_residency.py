@@ -14,7 +14,15 @@ from kvist.cartridge.cartridge import Cartridge
 from kvist.cartridge.residency import Residency
 from kvist.cartridge.room import ResidencyMetrics
 from kvist.cartridge.sharding import rank_heads
-from kvist.errors import DamagedCartridge, EngineError, InvalidInput, NotFound, ResidencyFull, UnknownCartridge
+from kvist.errors import (
+    CartridgeTooLarge,
+    DamagedCartridge,
+    EngineError,
+    InvalidInput,
+    NotFound,
+    ResidencyFull,
+    UnknownCartridge,
+)
 
 from .making import make_cartridge
 
@@ -454,3 +462,20 @@ def test_cartridges_from_disk(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         residency.acquire(("absent", "float32", 0))
     assert residency.resident_bytes == 2 * 53 * 3 * 2 * 8 * 6
+
+
+def test_a_lease_of_what_is_resident_loads_nothing(shelf: Shelf) -> None:
+    assert shelf.residency.lease("a") is None
+    shelf.residency.acquire("a").close()
+    lease = shelf.residency.lease("a")
+    assert lease is not None
+    assert shelf.residency.refs("a") == 1
+    lease.close()
+    metrics = shelf.residency.metrics()
+    assert (metrics.loads, metrics.hits, metrics.misses, metrics.in_use) == (1, 1, 1, 0)
+
+
+def test_what_can_never_fit_is_told_apart(shelf: Shelf) -> None:
+    with pytest.raises(CartridgeTooLarge) as raised:
+        shelf.residency.acquire("d31")
+    assert raised.value.hint == "host_bytes of at least 31 would hold it"

@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from kvist.cartridge.residency import Lease, Residency
-from kvist.errors import DamagedCartridge, ResidencyFull
+from kvist.cartridge.lease import Lease
+from kvist.cartridge.residency import Residency
+from kvist.errors import CartridgeTooLarge, DamagedCartridge, ResidencyFull
 
 CAPACITY = 20
 KEYS = st.sampled_from([(name, size) for name in "abc" for size in (0, 1, 3, 7, 20, 21)])
@@ -93,7 +94,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         gone = self.model.make_room(key[1])
         if gone is None:
             self.counts["refusals"] += 1
-            return ResidencyFull
+            return CartridgeTooLarge if key[1] > CAPACITY else ResidencyFull
         if fails == "check":
             self.counts["failures"] += 1
             return DamagedCartridge

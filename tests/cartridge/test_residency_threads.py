@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from kvist.cartridge.residency import Lease, Residency
+from kvist.cartridge.lease import Lease
+from kvist.cartridge.residency import Residency
 from kvist.errors import DamagedCartridge, EngineError, ResidencyFull
 
 
@@ -20,7 +21,7 @@ class Gate:
     def __init__(self, capacity: int = 30) -> None:
         self.arrived = threading.Semaphore(0)
         self.open = threading.Event()
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.loads: Counter[str] = Counter()
         self.residency: Residency[str] = Residency(capacity, self.load, lambda key: 10)
 
@@ -71,6 +72,23 @@ def test_a_failed_load_fails_all_who_wait_and_changes_nothing() -> None:
     gate.error = None
     gate.residency.acquire("a").close()
     assert gate.loads["a"] == 2
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_the_end_of_the_loading_thread_is_not_that_of_those_who_wait(end: type[BaseException]) -> None:
+    gate = Gate()
+    gate.error = end()
+    with ThreadPoolExecutor(4) as pool:
+        leads = pool.submit(gate.residency.acquire, "a")
+        gate.arrived.acquire()
+        waits = [pool.submit(gate.residency.acquire, "a") for _ in range(3)]
+        gate.wait_for_refs("a", 4)
+        gate.open.set()
+        assert leads.exception() is gate.error
+        errors = [one.exception() for one in waits]
+    assert all(isinstance(error, EngineError) and error.__cause__ is gate.error for error in errors)
+    gate.error = None
+    gate.residency.acquire("a").close()
 
 
 def test_no_lock_is_held_over_a_load() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from kvist.cartridge import directory as saving
 from kvist.cartridge.cartridge import Cartridge
-from kvist.errors import AlreadyExists, StoreError
+from kvist.errors import AlreadyExists, DamagedCartridge, InvalidInput, StoreError
 
 from .making import make_cartridge, same
 
@@ -85,7 +85,7 @@ def test_a_living_writer_is_not_swept(tmp_path: Path) -> None:
     target = tmp_path / "c"
     writer = start(target)
     go(writer)
-    while writer.poll() is None and not list(tmp_path.glob(".c.*.tmp")):
+    while writer.poll() is None and not has_come_to(tmp_path, 1):  # then it holds the lock
         time.sleep(0)
     writer.send_signal(signal.SIGSTOP)
     staged = set(hidden(tmp_path))
@@ -93,9 +93,10 @@ def test_a_living_writer_is_not_swept(tmp_path: Path) -> None:
         make_cartridge(5).save_pretrained(target)
     except AlreadyExists:
         assert not staged  # it was through already
-    assert set(hidden(tmp_path)) == staged
+    left = set(hidden(tmp_path))
     writer.send_signal(signal.SIGCONT)
     writer.communicate()
+    assert left == staged
     assert hidden(tmp_path) == []
 
 
@@ -145,7 +146,7 @@ def test_an_empty_directory_is_filled_and_a_file_is_not_replaced(tmp_path: Path)
     make_cartridge().save_pretrained(tmp_path / "empty")
     Cartridge.from_pretrained(tmp_path / "empty").close()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError):
+    with pytest.raises(AlreadyExists, match="no directory"):
         make_cartridge().save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "x"
 
@@ -182,3 +183,79 @@ def test_a_full_disk_leaves_the_old_manifest(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(StoreError):
         made.with_metadata(labels={"a": "b"}).save_pretrained(tmp_path / "c")
     assert {path: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, place in (("a", "empty"), ("b", "none")):
+        (tmp_path / name).symlink_to(tmp_path / place)
+        make_cartridge().save_pretrained(tmp_path / name)
+        assert (tmp_path / name).is_symlink() and not (tmp_path / place).is_symlink()
+        Cartridge.from_pretrained(tmp_path / place).close()
+
+
+def test_the_working_directory_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", tmp_path / "here"):
+        with pytest.raises(InvalidInput, match="working directory"):
+            make_cartridge().save_pretrained(name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "cut"])
+def test_a_damaged_copy_is_not_called_saved(tmp_path: Path, damage: str) -> None:
+    made = make_cartridge()
+    made.save_pretrained(tmp_path / "c")
+    file = tmp_path / "c" / "cartridge.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1] if damage == "flipped" else []))
+    manifest = (tmp_path / "c" / "cartridge.json").read_bytes()
+    with pytest.raises(DamagedCartridge, match="already, and is damaged") as caught:
+        make_cartridge(labels={"a": "b"}).save_pretrained(tmp_path / "c")
+    assert caught.value.hint is not None and "remove it" in caught.value.hint
+    assert (tmp_path / "c" / "cartridge.json").read_bytes() == manifest
+
+
+@pytest.mark.parametrize("when", ["opened", "locked"])
+def test_a_sweep_between_making_and_locking(tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another writer to the same place takes a directory that is not locked yet for a dead one's; it is made anew."""
+    lock, swept = saving._lock, []
+
+    def slow(directory: Path, how: int = saving.fcntl.LOCK_EX) -> int:
+        if swept or not directory.name.startswith("."):
+            return lock(directory, how)
+        swept.append(directory)
+        if when == "opened":
+            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            saving._sweep(tmp_path / "c")
+            saving.fcntl.flock(handle, how)
+            return handle
+        saving._sweep(tmp_path / "c")
+        return lock(directory, how)
+
+    monkeypatch.setattr(saving, "_lock", slow)
+    made = make_cartridge()
+    made.save_pretrained(tmp_path / "c")
+    assert swept and hidden(tmp_path) == []
+    with Cartridge.from_pretrained(tmp_path / "c") as opened:
+        assert same(opened, made)
+
+
+def test_killed_while_it_rewrote_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What that writer left in the cartridge's directory, the next one takes away."""
+    made = make_cartridge()
+    made.save_pretrained(tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda path, target: None)
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+        made.with_metadata(license="MIT").save_pretrained(tmp_path / "c")
+    assert hidden(tmp_path / "c") != []
+    made.with_metadata(license="GPL").save_pretrained(tmp_path / "c")
+    assert hidden(tmp_path / "c") == []
+    with Cartridge.from_pretrained(tmp_path / "c") as opened:
+        assert opened.manifest.license == "GPL" and same(opened, made)

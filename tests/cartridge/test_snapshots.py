@@ -228,6 +228,50 @@ def test_a_cut_of_a_cartridge_is_another_cartridge(repo: Repository) -> None:
     assert cut.num_tokens == 32 and cut.identity != made.identity and cut.token_ids == tuple(range(100, 132))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 36, 37])
+def test_a_cut_keeps_what_decides_its_keys_and_all_that_is_said(repo: Repository, tokens: int) -> None:
+    said: dict[str, Any] = {"first_position": 100, "training_steps": 5, "license": "MIT", "labels": {"a": "b"}}
+    said |= {"provenance": {"made_by": "x"}, "source_document": "d", "source_format": "y", "chat_template_hash": "z"}
+    made = make_cartridge(37, ids=False, num_frozen_tokens=2, block_size=8, resource_kind="kv_prefix", **said)
+    to_repository(made, repo, name="x")
+    cut = from_repository(repo, "cartridge/x", tokens=tokens)
+    if tokens == 37:
+        assert cut.manifest == made.manifest
+        return
+    manifest = cut.manifest
+    assert manifest.model == made.manifest.model and manifest.num_frozen_tokens == min(2, tokens)
+    expected = said | {"provenance": {"made_by": "x", "cut": {"tokens": tokens, "of": made.identity}}}
+    assert {name: getattr(manifest, name) for name in said} == expected
+    assert (manifest.block_size, manifest.resource_kind, manifest.has_token_ids) == (8, "kv_prefix", False)
+    assert all(torch.equal(cut.layer(n)[1], made.layer(n)[1][:tokens]) for n in range(3))
+    other = dataclasses.replace(MODEL, rope={"rope_theta": 5e5, "rope_type": "default"})
+    with pytest.raises(LayoutMismatch, match="rope"):
+        from_repository(repo, "cartridge/x", tokens=tokens, model=other)
+
+
+def test_a_cut_of_what_is_damaged_is_refused(repo: Repository) -> None:
+    to_repository(make_cartridge(), repo, name="x")
+    (manifest,) = (repo.manifest(cid) for cid in repo.snapshot("cartridge/x").manifests)
+    (seq,) = manifest.sequences
+    state = {STATE: dict(seq.state[STATE]) | {"checksum": "0" * 64}}
+    repo.commit([dataclasses.replace(manifest, sequences=(dataclasses.replace(seq, state=state),))], branch="bad")
+    with pytest.raises(DamagedCartridge):
+        from_repository(repo, "bad", tokens=16)
+
+
+def test_ranks_of_different_sequences_are_not_put_together(repo: Repository) -> None:
+    """They would be the prefill of neither."""
+    layers = make_layers(40, FULL)
+    one, other, shorter = (
+        [repo.manifest(cid) for cid in repo.snapshot(snapshot_of(repo, layers, tp=2, **changes)).manifests]
+        for changes in ({}, {"ids": range(900, 940)}, {"cached": 32})
+    )
+    for ranks in ([one[0], other[1]], [one[0], shorter[1]]):
+        for tokens in (None, 16):
+            with pytest.raises(LayoutMismatch, match="different sequences"):
+                from_repository(repo, repo.commit(ranks).cid, tokens=tokens)
+
+
 @pytest.mark.parametrize("ids", [[VIRTUAL] * 5 + [3] * 15, None])
 def test_ids_that_are_not_known(repo: Repository, ids: list[int] | None) -> None:
     layers = make_layers(20, FULL)

@@ -17,6 +17,7 @@ import torch
 
 from kvist.cartridge import sources
 from kvist.cartridge.cartridge import Cartridge
+from kvist.cartridge.formats import importing
 from kvist.cartridge.model import ModelIdentity
 from kvist.cartridge.snapshots import to_repository
 from kvist.cartridge.sources import materialize
@@ -154,8 +155,8 @@ def test_processes_agree(tmp_path: Path, cache: Path) -> None:
 def test_threads_convert_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = hazy(tmp_path, sample())
     calls: list[int] = []
-    original = sources.import_checkpoint
-    monkeypatch.setattr(sources, "import_checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = importing.import_checkpoint
+    monkeypatch.setattr(importing, "import_checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
     found: list[Path] = []
     threads = [
         threading.Thread(target=lambda: found.append(materialize(path, cache_dir=cache, model=MODEL))) for _ in range(8)
@@ -165,6 +166,75 @@ def test_threads_convert_once(tmp_path: Path, cache: Path, monkeypatch: pytest.M
     for thread in threads:
         thread.join()
     assert (len(calls), len(found), len(set(found))) == (1, 8, 1)
+
+
+@pytest.mark.parametrize("changed", ["cartridge.pt", "meta.json", "prefix_token_ids.json", "cartridge.pt.json"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_file_that_is_replaced_while_it_is_converted_is_not_kept(
+    changed: str, when: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the old file, once it is back, would be served as what the new one holds."""
+    (tmp_path / "new").mkdir()
+    for directory, seed in ((tmp_path, 1), (tmp_path / "new", 2)):
+        knlp(directory, sample(seed=seed), note=seed)
+        said = sidecar(directory / "cartridge.pt", sample(), has_frozen_prefix=False, num_frozen_tokens=0, checksum="")
+        said |= {"file_size_bytes": 0, "training_steps": 0, "source_document": str(seed)}
+        (directory / "cartridge.pt.json").write_text(json.dumps(said))
+    (tmp_path / "new" / "prefix_token_ids.json").write_text(json.dumps(list(range(200, 232))))
+    path, old = tmp_path / "cartridge.pt", {one.name: one.read_bytes() for one in tmp_path.iterdir() if one.is_file()}
+    (tmp_path / "meta.json").write_text("{}")
+    old["meta.json"] = b"{}"
+    original = importing.import_checkpoint
+
+    def swapped(*words: Any, **said: Any) -> Cartridge:
+        new = (tmp_path / "new" / changed).read_bytes()
+        if when == "before":
+            (tmp_path / changed).write_bytes(new)
+        made = original(*words, **said)
+        (tmp_path / changed).write_bytes(new)
+        return made
+
+    monkeypatch.setattr(importing, "import_checkpoint", swapped)
+    if (changed, when) != ("cartridge.pt", "after"):  # read whole, and the same as its name says: that may stay
+        with pytest.raises(InvalidCartridge, match="changed"):
+            materialize(path, cache_dir=cache, model=MODEL)
+        assert not [one for one in cache.iterdir() if one.is_dir()]
+    else:
+        materialize(path, cache_dir=cache, model=MODEL)
+    monkeypatch.undo()
+    for name, data in old.items():
+        (tmp_path / name).write_bytes(data)
+    with open_at(materialize(path, cache_dir=cache, model=MODEL)) as made:
+        assert torch.equal(made.layer(0)[0], sample(seed=1)[0][0])
+        assert (made.token_ids, made.manifest.source_document) == (tuple(range(100, 132)), "1")
+
+
+def test_a_lock_empties_no_file(tmp_path: Path, cache: Path) -> None:
+    """Others may write into the cache, too."""
+    path = hazy(tmp_path, sample())
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    made = materialize(path, cache_dir=cache, model=MODEL)
+    shutil.rmtree(cache)
+    cache.mkdir()
+    (cache / f"{made.name}.lock").symlink_to(victim)
+    materialize(path, cache_dir=cache, model=MODEL)
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["manifest_path", "cache-step100.pt.json", "cache-step100.pt"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path, cache: Path) -> None:
+    path = hazy(tmp_path, sample())
+    source = {"path": str(path)}
+    if name == "manifest_path":
+        source[name] = str(tmp_path / name)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    if name.endswith(".json"):  # which is none, so there is none
+        materialize(source, cache_dir=cache, model=MODEL)
+        return
+    with pytest.raises(InvalidCartridge, match="file"):
+        materialize(source, cache_dir=cache, model=MODEL)
 
 
 # -- repositories and the hub ------------------------------------------------------------------------------------

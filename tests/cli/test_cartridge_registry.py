@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cartridge.making import make_cartridge
+from kvist.cartridge import hub
 from kvist.cartridge.library import Library
 from kvist.cartridge.registry import Registry
 
@@ -122,6 +123,24 @@ def test_one_in_the_repository(registered: Registered, monkeypatch: pytest.Monke
         assert library.get("law").manifest.identity == made["identity"]
 
 
+def test_one_on_the_hub_is_registered_by_its_commit(registered: Registered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch may move, and then no other host would find what was registered."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = make_cartridge(cartridge_id="law").save_pretrained(registered.root / "snapshots" / commit)
+    asked: list[tuple[object, str | None]] = []
+
+    def resolve(name: str | Path, *, revision: str | None = None, **options: Any) -> Path:
+        if name == "org/law":
+            asked.append((name, revision))
+        return Path(snapshot)
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    for revision in ([], ["--revision", "main"]):
+        made = registered.ok("add", "org/law", *revision)
+        assert json.loads(made["location"]) == {"hub": "org/law", "revision": commit}
+    assert asked == [("org/law", None), ("org/law", "main")]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "kind"),
     [
@@ -129,6 +148,9 @@ def test_one_in_the_repository(registered: Registered, monkeypatch: pytest.Monke
         (["add", "DIR", "--rev", "main"], 2, "usage"),
         (["add", "--rev", "main", "--revision", "x"], 2, "usage"),
         (["add", "DIR", "--label", "x"], 2, "usage"),
+        (["add", "DIR", "--label", "=x"], 2, "usage"),
+        (["add", "DIR", "--revision", "main"], 2, "usage"),
+        (["list", "--label", "=x"], 2, "usage"),
         (["add", "DIR", "--id", "../x"], 20, "invalid_cartridge"),
         (["add", "DIR/none"], 4, "not_found"),
         (["add", "DIR/.."], 20, "invalid_cartridge"),
@@ -151,12 +173,28 @@ def test_damaged_headers_are_not_registered(registered: Registered) -> None:
     registered.refused(20, "damaged_cartridge", "add", str(law))
 
 
-def test_one_that_cannot_be_read_can_be_taken_out(registered: Registered) -> None:
+def test_damaged_bytes_are_not_registered(registered: Registered) -> None:
+    """They might be those of another cartridge, whose name they would have."""
+    law = Path(registered.saved("law"))
+    (shard,) = law.glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    registered.refused(20, "damaged_cartridge", "add", str(law))
+    assert registered.ok("add", str(law), "--no-verify")["id"] == "law"
+
+
+def test_one_that_cannot_be_read_can_be_taken_out(registered: Registered, caplog: pytest.LogCaptureFixture) -> None:
     registered.ok("add", registered.saved("law"))
     with Registry(registered.path) as registry, registry._engine.begin() as connection:
         connection.exec_driver_sql("UPDATE kvist_cartridges SET manifest = '{}'")
-    ran = registered("list", "--json")
-    assert (ran.code, ran.error["hint"]) == (20, "to take it out: kvist cartridge remove law")
+    other = registered.saved("taxes")
+    registered.ok("add", other)
+    listed = registered.ok("list")
+    assert ([one["id"] for one in listed["cartridges"]], listed["unreadable"]) == (["taxes"], ["law"])
+    assert registered("list", "-q").lines == ["taxes"]
+    assert "kvist cartridge remove law" in caplog.text
+    registered.ok("remove", "taxes")
     registered.ok("remove", "law")
     assert registered.ok("list")["cartridges"] == []
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,13 +40,10 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module")
-def url(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with both."""
-    command = [sys.executable, "-m", "kvist", "serve", "--model", str(MODEL), "--port", "0"]
-    command += ["--store", str(tmp_path_factory.mktemp("kv") / "store")]
-    command += [part for name, path in paths.items() for part in ("--cartridge", f"{name}={path}")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+@contextlib.contextmanager
+def serving(store: Path, *options: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "kvist", "serve", "--model", str(MODEL), "--port", "0", "--store", str(store)]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
             for line in server.stderr:
@@ -57,6 +56,14 @@ def url(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
             server.terminate()
             server.wait()
             server.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def url(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with both."""
+    known = [part for name, path in paths.items() for part in ("--cartridge", f"{name}={path}")]
+    with serving(tmp_path_factory.mktemp("kv") / "store", *known) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +91,19 @@ def test_every_tier(url: str, paths: dict[str, Path], questions: Path) -> None:
     assert list(tiers) == ["0", "0.5", "1", "1b", "2", "3", "4", "5", "6"]
     assert {tier["outcome"] for number, tier in tiers.items() if number != "6"} == {"passed"}
     assert tiers["1"]["detail"] == "10 of 10 right"
+
+
+@pytest.mark.parametrize(
+    "more", [{"unknown": "compute"}, {"router": {"type": "static", "cartridge_id": "first"}}], ids=str
+)
+def test_a_server_that_answers_unknown_ids(paths: dict[str, Path], tmp_path: Path, more: dict[str, Any]) -> None:
+    """As it was configured to: no tier fails for it."""
+    config = {"cartridges": [{"cartridge_id": "first", "path": str(paths["first"])}], **more}
+    with serving(tmp_path / "store", "--cartridge-config", json.dumps(config)) as url:
+        ran = kvist("--url", url, "--id", "first", "--sequential", "1", "--concurrent", "1", "--json")
+    (tier,) = [tier for tier in json.loads(ran.stdout)["tiers"] if tier["tier"] == "5"]
+    assert tier["outcome"] == "passed", tier
+    assert "unknown ids are answered" in tier["detail"]
 
 
 def test_the_wrong_document(url: str, paths: dict[str, Path]) -> None:

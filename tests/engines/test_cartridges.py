@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 
 from kvist.cartridge.cartridge import Cartridge
 from kvist.cartridge.library import Entry, Library
-from kvist.engines.hf import Engine
+from kvist.engines.hf import Engine, HfPager
 from kvist.errors import (
     AlreadyExists,
     DamagedCartridge,
+    InvalidCartridge,
     InvalidInput,
     LayoutMismatch,
     ResidencyFull,
@@ -340,7 +342,7 @@ def test_how_a_prompt_must_begin_is_the_requests_choice(load: Load) -> None:
     assert names.prefix("doc", ids + QUESTION, "virtual").placed
     assert not names.prefix("doc", ids + QUESTION, "prompt").placed
     assert not names.prefix("doc", ids + QUESTION).placed
-    with pytest.raises(InvalidInput, match=r"begin with the 20 token ids .* it has 9, and 0 of them agree"):
+    with pytest.raises(InvalidInput, match=r"begin with the 20 token ids .* it has 9$"):
         names.prefix("doc", QUESTION, "prompt")
     with pytest.raises(InvalidInput, match="knows no token ids"):
         names.prefix("noise", QUESTION, "prompt")
@@ -421,3 +423,99 @@ def test_removing_a_cartridge_breaks_nothing_that_runs(load: Load) -> None:
     assert engine.stats()["preemptions"] > 0
     with pytest.raises(UnknownCartridge):
         engine.submit(QUESTION, params(1), cartridge="noise")
+
+
+# -- what is refused or fails costs nobody anything --------------------------------------------------------------------
+
+
+def test_a_resume_never_loads_in_a_pause(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cartridge is evicted, and forgotten, just when the resume looks for it: the sequence has all its pages."""
+    engine = load(cartridge_bytes=2 * 2 * load().layout.page_bytes)
+    engine.load_cartridge(noise(engine, 20, 0, "c0"))
+    run(engine, QUESTION, 3, cartridge="c0", sequence_id="s")
+    expected = run(engine, [], 3, resume="s")
+    residency = engine.cartridges._residency
+    identity = engine.cartridges.find("c0").manifest.identity
+    real = residency.lease
+
+    def lease(key: object) -> object:
+        found = real(key)
+        engine.cartridges.remove("c0")
+        residency.evict(identity)
+        return found
+
+    monkeypatch.setattr(residency, "lease", lease)
+    loads = engine.cartridges.metrics().loads
+    for _ in range(2):  # with the lease, and without
+        assert run(engine, [], 3, resume="s") == expected
+    assert engine.cartridges.metrics().loads == loads
+    assert engine.cartridges.metrics().in_use == 0
+
+
+def test_loading_again_what_is_loaded_changes_nothing(load: Load) -> None:
+    engine = load(cartridge_bytes=2 * 2 * load().layout.page_bytes)
+    first, second = noise(engine, 20, 0, "c0"), noise(engine, 20, 1, "c1")
+    engine.load_cartridge(first)
+    engine.load_cartridge(second)
+    engine.pause()
+    request = engine.submit(QUESTION, params(2), cartridge="c1")
+    assert engine.load_cartridge(first) == "c0", "though there is no room for it now"
+    engine.resume()
+    request.result()
+    assert engine.cartridges.ids() == ["c0", "c1"]
+    ask(engine, QUESTION, "c0")
+
+
+def test_what_is_too_long_is_refused_before_anything_is_loaded(load: Load) -> None:
+    engine = load(max_model_len=64, cartridge_bytes=8 * 2 * load().layout.page_bytes)
+    engine.load_cartridge(noise(engine, 20, 0, "small"))
+    engine.load_cartridge(noise(engine, 100, 1, "long"))
+    ask(engine, QUESTION, "small")
+    before = engine.cartridges.metrics()
+    with pytest.raises(InvalidInput, match="cartridge has 100 and the prompt has 9"):
+        engine.submit(QUESTION, params(1), cartridge="long")
+    for mode in ("prompt",):
+        with pytest.raises(InvalidInput):
+            engine.cartridges.prefix("long", QUESTION, mode)  # type: ignore[arg-type]
+    after = engine.cartridges.metrics()
+    assert (after.loads, after.evictions) == (before.loads, before.evictions)
+
+
+@pytest.mark.parametrize("wrong", [5000, 2**32 - 1])
+def test_a_document_that_is_not_of_the_vocabulary(wrong: int, load: Load, tmp_path: Path) -> None:
+    engine = load(cartridge_bytes=2 * 2 * load().layout.page_bytes)
+    engine.load_cartridge(noise(engine, 20, 0, "good"))
+    layers = [noise(engine, 20, 1).layer(number) for number in range(engine.layout.n_layers)]
+    bad = Cartridge.create(layers, engine.model.identity, cartridge_id="bad", token_ids=[5] * 19 + [wrong])
+    saved = Entry("saved", bad.save_pretrained(tmp_path / "bad"), bad.manifest)
+    engine.cartridges.library = Library([saved])
+    with pytest.raises(InvalidCartridge, match=rf"got {wrong}"):
+        engine.load_cartridge(bad)
+    with pytest.raises(InvalidCartridge, match=rf"got {wrong}"):
+        engine.submit(QUESTION, params(1), cartridge="saved")
+    assert engine.cartridges.metrics().evictions == 0
+    ask(engine, QUESTION, "good")
+
+
+@pytest.mark.parametrize("changes", ["all of it virtual", "virtual and not placed", "too many tokens"])
+def test_snapshots_that_no_engine_makes(changes: str, load: Load) -> None:
+    source, target = load(), load()
+    for engine in (source, target):
+        engine.load_cartridge(noise(engine, 40, 1, "c"))
+    run(source, QUESTION, 3, cartridge="c", sequence_id="p")
+    (seq,) = HfPager(source, ["p"]).logical_seqs()
+    bare = dataclasses.replace(seq, page_ixs=(), fill_in_last_page=0)
+    told = seq.state["cartridge"]
+    if changes == "too many tokens":
+        state = seq.state | {"cartridge": told | {"tokens": 90}}
+        HfPager(target).install_logical_seqs([dataclasses.replace(bare, token_ids=(5,) * 100, state=state)])
+        with pytest.raises(DamagedCartridge, match="has 90 tokens, which are 6 pages, and it has 3"):
+            target.submit([], params(2), resume="p")
+    else:
+        is_all = changes == "all of it virtual"
+        state = seq.state | {"cartridge": told | {"placed": is_all}}
+        crafted = dataclasses.replace(bare, state=state, token_ids=seq.token_ids[:40] if is_all else seq.token_ids)
+        with pytest.raises(InvalidInput, match="must be placed before at least one"):
+            HfPager(target).install_logical_seqs([crafted])
+    assert ask(target, QUESTION, "c") == ask(source, QUESTION, "c")
+    assert target.cartridges.metrics().in_use == 0

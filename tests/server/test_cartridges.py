@@ -400,6 +400,13 @@ def test_options_that_cannot_be_right(options: list[str], word: str, model_dir: 
     assert "Traceback" not in told
 
 
+def test_options_are_read_before_the_model(tmp_path: Path) -> None:
+    process = start(tmp_path / "nowhere", "--cartridge-config", '{"strange": 1}', KVIST_STORE=str(tmp_path / "store"))
+    _, told = process.communicate()
+    assert process.returncode != 0
+    assert "strange" in told and "nowhere" not in told
+
+
 def test_every_route_is_in_the_reference() -> None:
     from kvist.server.cartridges import cartridge_routes
 

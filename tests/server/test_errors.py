@@ -39,7 +39,7 @@ def test_every_error_has_a_status() -> None:
         "IntegrityError": 500, "DamagedPage": 500, "MissingPage": 500, "DamagedObject": 500, "StoreError": 503,
         "StoreFull": 507, "EngineError": 503, "PoolExhausted": 503, "UnsupportedModel": 501,
         "InvalidCartridge": 422, "UnsafeCheckpoint": 422, "UnknownCartridge": 404, "DamagedCartridge": 500,
-        "ResidencyFull": 503,
+        "ResidencyFull": 503, "CartridgeTooLarge": 503, "CartridgeNotReady": 503,
     }  # fmt: skip
     assert STATUS[BodyTooLarge] == 413
 

@@ -20,8 +20,10 @@ def document(tokens: int, seed: int = 0) -> list[int]:
     return [draw.randrange(10, 500) for _ in range(tokens)]
 
 
-def prefilled(model: Path, ids: list[int], directory: Path, name: str, *, has_ids: bool = True) -> Path:
-    """A saved cartridge: what transformers computes for ``ids``."""
+def prefilled(
+    model: Path, ids: list[int], directory: Path, name: str, *, has_ids: bool = True, told: list[int] | None = None
+) -> Path:
+    """A saved cartridge: what transformers computes for ``ids``, said to be of ``told`` if that is given."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -31,7 +33,7 @@ def prefilled(model: Path, ids: list[int], directory: Path, name: str, *, has_id
         network(torch.tensor([ids]), past_key_values=cache, use_cache=True)
     layers = [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
     identity = ModelIdentity.of_directory(model, dtype="float32", revision=revision(model))
-    made = Cartridge.create(layers, identity, cartridge_id=name, token_ids=ids if has_ids else None)
+    made = Cartridge.create(layers, identity, cartridge_id=name, token_ids=(told or ids) if has_ids else None)
     return made.save_pretrained(directory)
 
 

@@ -70,6 +70,99 @@ def test_a_damaged_file(
     assert got["left"] == got["left at the end"] == [0, 0, 0]
 
 
+_CUT_SHORT = (
+    BEGIN
+    + """
+import os
+from pathlib import Path
+from kvist.cartridge.reading import Layers
+model, config, question = arguments
+llm = make_llm(model, config=config, dtype="float32")
+shard = next(Path(config["kv_connector_extra_config"]["cartridges"][0]["path"]).glob("*.safetensors"))
+good, read = shard.read_bytes(), Layers._read
+def cut(*given):
+    os.truncate(shard, 4096)
+    return read(*given)
+Layers._read = cut
+out = {"cut": ask(llm, question, "a"), "left": left(llm), "stats": worker().stats()}
+Layers._read = read
+shard.write_bytes(good)
+out["mended"] = ask(llm, question, "a")
+emit(out)
+"""
+)
+
+
+def test_a_file_that_is_cut_short_while_it_is_loaded(
+    model: Callable[..., Path], paths: dict[str, Path], run_offline: Callable[..., Any]
+) -> None:
+    """The request fails, and nothing else: a mapped file would take the engine with it."""
+    got = run_offline(_CUT_SHORT, str(model("tiny", dtype="float32")), config(paths), QUESTION)
+    assert (got["cut"]["finish"], got["cut"]["ids"], got["left"]) == ("error", [], [0, 0, 0])
+    stats = got["stats"]
+    assert (stats["failures"], stats["loads"], stats["resident_bytes"], stats["reserved_bytes"]) == (1, 0, 0, 0)
+    assert (stats["injections"], stats["pages_injected"]) == (0, 0)
+    assert got["mended"]["loaded"] == 77
+
+
+_IDS = (
+    BEGIN
+    + """
+import json, struct
+from pathlib import Path
+from kvist.cartridge.manifest_file import read_manifest
+from kvist.cartridge.registry import Registry
+model, config, registry, paths, question, document = arguments
+llm = make_llm(model, config=config, dtype="float32")
+out = {"plain": ask(llm, document + question, salt="plain")}
+
+def put(path, token):
+    (shard,) = Path(path).glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    (size,) = struct.unpack("<Q", data[:8])
+    start, _ = json.loads(data[8 : 8 + size])["token_ids"]["data_offsets"]
+    struct.pack_into("<q", data, 8 + size + start, token)
+    shard.write_bytes(data)
+
+def refused(name):
+    try:
+        return ask(llm, question, name, repetition_penalty=1.2)
+    except Exception as error:
+        return str(error)
+
+with Registry(registry) as known:
+    for path in paths.values():
+        known.register(read_manifest(Path(path)), path)
+for number, token in enumerate((7, 5_000_000)):
+    put(paths["b"], token)
+    out[f"damaged {number}"] = refused("b")
+out["alien"] = refused("alien")
+out["good"] = ask(llm, question, "a")
+out["left"] = left(llm)
+emit(out)
+"""
+)
+
+
+def test_token_ids_that_are_computed_from(
+    model: Callable[..., Path], paths: dict[str, Path], run_offline: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Damaged ones, and those of another tokenizer: refused before anything is computed, and the engine lives."""
+    weights = model("tiny", dtype="float32")
+    ids = DOCUMENTS["a"]
+    alien = prefilled(weights, ids, tmp_path / "alien", "alien", told=[5_000_000, *ids[1:]])
+    registry = str(tmp_path / "registry.db")
+    serving = config({}, transfer=RECOMPUTE, registry=registry)
+    del serving["kv_connector_extra_config"]["cartridges"]
+    found = {name: str(path) for name, path in {**paths, "alien": alien}.items()}
+    got = run_offline(_IDS, str(weights), serving, registry, found, QUESTION, ids)
+    assert "checksum" in got["damaged 0"]
+    assert isinstance(got["damaged 1"], str)
+    assert "the token id 5000000" in got["alien"]
+    assert differ(got["good"], got["plain"]) < SAME
+    assert got["left"] == [0, 0, 0]
+
+
 _BOOT = (
     BEGIN
     + """

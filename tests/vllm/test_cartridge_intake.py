@@ -16,8 +16,10 @@ torch = pytest.importorskip("torch")
 DOCUMENT = list(range(10, 43))
 """33 tokens."""
 LONGEST = 256
+KEY = "kvist_cartridge"
 
 _SCRIPT = """
+from types import SimpleNamespace
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.renderers import renderer_from_config
@@ -28,7 +30,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.metrics.stats import PrefillStats
 import kvist.engines.vllm.plugin as plugin
-from kvist.engines.vllm import intake
+from kvist.engines.vllm import arriving, intake
 
 model, cartridges, document, multi = arguments
 plugin.register(); plugin.register()
@@ -103,7 +105,7 @@ out["streamed_in"] = refused(lambda: generate(pieces(), params("text")))
 out["fine"] = refused(lambda: generate(token([1]), params("text")).aclose())
 out["offline_unknown"] = refused(lambda: processed(token([1]), params("nobody")))
 # What generate decided is what process_inputs does.
-decided = intake._decided(intake.frontends_here()[0], token([1, 2]), params("text"))
+decided = intake._decided(InputProcessor.process_inputs.frontends.all()[0], token([1, 2]), params("text"))
 out["decided"] = shown(processed(decided, params("text")))
 
 # Bodies.
@@ -131,14 +133,23 @@ hash_fn = get_hash_fn_by_name("sha256")
 init_none_hash(hash_fn)
 core = object.__new__(EngineCore)
 core.vllm_config, core.mm_receiver_cache = llm.vllm_config, None
+from kvist.engines.vllm.cartridges.connector import CartridgeConnector
+from kvist.engines.vllm.cartridges.documents import Documents, Prefixes
+side = object.__new__(CartridgeConnector)
+side.prefixes = Prefixes(InputProcessor.process_inputs.frontends.of(llm.input_processor).library,
+    Documents(vocabulary=512, verify=False), max_model_len=256, placeholder=arriving.placeholder_of(llm.vllm_config))
+core.scheduler = SimpleNamespace(connector=SimpleNamespace(_connectors=[None, side]) if multi else side)
 core.request_block_hasher = get_request_block_hasher(16, hash_fn)
 
 def to_core(prompt, sampling):
     request = processed(prompt, sampling)
     request.external_req_id = "r"
     before = list(request.prompt_token_ids)
+    sent = dict(request.sampling_params.extra_args or {})
     made, _ = core.preprocess_add_request(request)
     assert list(request.prompt_token_ids) == before, "the API's request is another one"
+    assert (request.sampling_params.extra_args or {}) == sent
+    assert "kvist_cartridge" not in str(made.sampling_params.extra_args), "workers are told"
     return made
 
 def core_view(made):
@@ -155,8 +166,41 @@ out["core"] = {
     "repeats": core_view(to_core(token([*document, 1, 2, 3]), params("text"))),
     "salted": core_view(to_core(token([1, 2, 3], cache_salt="tenant"), params("text"))),
 }
-begun = intake._decided(intake.frontends_here()[0], token([1, 2, 3], prompt="a text"), params("text"))
+(frontend,) = InputProcessor.process_inputs.frontends.all()
+begun = intake._decided(frontend, token([1, 2, 3], prompt="a text"), params("text"))
 out["begun"] = list(to_core(begun, params("text")).prompt_token_ids)
+# What gets to the core past the front end. A client cannot make an object, and its words are only compared.
+def arrive(engine, transfer, **fields):
+    request = processed(token([1, 2, 3]), params(), engine)
+    request.external_req_id = "r"
+    for name, value in fields.items():
+        setattr(request, name, value)
+    request.sampling_params.extra_args = {"kv_transfer_params": transfer}
+    core.vllm_config = engine.vllm_config
+    try:
+        made = core.preprocess_add_request(request)[0]
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    finally:
+        core.vllm_config = llm.vllm_config
+    return [made.num_prompt_tokens, made.kv_transfer_params, made.sampling_params.extra_args]
+true = out["placed"]["extra"]["kv_transfer_params"]["kvist_cartridge"]
+salt = out["placed"]["salt"]
+KEY = "kvist_cartridge"
+out["past"] = {
+    "of a refused request": arrive(
+        llm, {"do_remote_prefill": True, KEY: true}, cache_salt=salt, abort_immediately=True),
+    "no cartridges": arrive(plain, {KEY: true}, cache_salt=salt),
+    "no salt": arrive(llm, {KEY: true}),
+    "far too long": arrive(llm, {KEY: {**true, "tokens": 10**12}}, cache_salt=salt),
+    "from the hub": arrive(llm, {KEY: {**true, "id": "evil/repo"}}, cache_salt=salt),
+    "with a directory": arrive(llm, {KEY: {**true, "directory": "evil/repo"}}, cache_salt=salt),
+    "nothing": arrive(llm, {KEY: []}),
+    "decided for none": arrive(llm, {"cartridge_id": "nobody", KEY: None}),
+}
+forging = SamplingParams(extra_args={"kv_transfer_params": {KEY: true}})
+out["no front end"] = refused(lambda: processed(token([1]), forging, plain))
+out["no front end, generate"] = refused(lambda: plain.generate(token([1]), forging, "r"))
 import msgspec
 stats = to_core(token([1, 2, 3]), params("text")).prefill_stats
 stats.set(36, 32, 1)
@@ -166,7 +210,7 @@ stats = to_core(token([1, 2, 3]), params("text")).prefill_stats
 stats.set(36, 0, 0)
 stats.finalize(0)
 out["nothing_cached"] = {name: getattr(stats, name) for name in PrefillStats.__dataclass_fields__}
-out["identities"] = len(intake.frontends_here())
+out["identities"] = len(InputProcessor.process_inputs.frontends.all())
 emit(out)
 """
 
@@ -272,6 +316,23 @@ def test_the_core_puts_the_cartridge_before_the_prompt(seen: dict[str, Any]) -> 
     assert all(view["prompt"] == 36 for view in core.values())
 
 
+def test_what_comes_past_the_front_end_is_not_believed(seen: dict[str, Any]) -> None:
+    past = seen["past"]
+    remote = {"do_remote_prefill": True}
+    assert past["of a refused request"] == [3, {**remote, KEY: None}, {"kv_transfer_params": remote}]
+    assert past["no cartridges"] == [3, {KEY: None}, {"kv_transfer_params": {}}]
+    named = {"cartridge_id": "nobody"}
+    assert past["decided for none"] == [3, {**named, KEY: None}, {"kv_transfer_params": named}]
+    kinds = {case: past[case][0] for case in ("no salt", "far too long", "from the hub", "with a directory", "nothing")}
+    assert kinds == {**dict.fromkeys(kinds, "InvalidInput"), "from the hub": "UnknownCartridge"}
+
+
+def test_a_marker_is_refused_where_there_are_no_cartridges_too(seen: dict[str, Any]) -> None:
+    for case in ("no front end", "no front end, generate"):
+        assert seen[case][0] == "VLLMValidationError"
+        assert "only kvist itself may set it" in seen[case][1]
+
+
 def test_a_text_goes_on_without_its_beginning(seen: dict[str, Any]) -> None:
     assert seen["begun"] == [*DOCUMENT, 2, 3]
 
@@ -305,3 +366,62 @@ def test_statistics_are_the_client_s(seen: dict[str, Any]) -> None:
 
 def test_one_front_end_an_engine(seen: dict[str, Any]) -> None:
     assert seen["identities"] == 1
+
+
+_ASIDE = """
+import prometheus_client
+from pathlib import Path
+from types import SimpleNamespace
+from kvist.engines.vllm import intake
+from kvist.engines.vllm.cartridges.metrics import COUNTERS, GAUGES, InjectionMetrics
+model, cache = arguments
+made = []
+class Metric(SimpleNamespace):
+    def __init__(self, **settings):
+        made.append(settings)
+    def labels(self, *values):
+        return self
+types = {kind: Metric for kind in (prometheus_client.Gauge, prometheus_client.Counter, prometheus_client.Histogram)}
+config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector="x"))
+InjectionMetrics(config, types, ["engine"], {0: ["0"]})
+out = {"modes": {one["name"]: one.get("multiprocess_mode") for one in made if "kvist" in one["name"]}}
+out["gauges"] = [f"vllm:kvist_cartridge_{name}" for name in GAUGES]
+
+def identity(name, download_dir):
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(dtype="torch.float32", model=name, revision=None),
+        cache_config=SimpleNamespace(cache_dtype="auto"), load_config=SimpleNamespace(download_dir=download_dir))
+    try:
+        return intake.model_identity(config, {"revision": "r"}).model_id
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+snapshot = Path(cache) / "models--org--tiny" / "snapshots" / ("0" * 40)
+snapshot.parent.mkdir(parents=True)
+snapshot.symlink_to(model)
+(Path(cache) / "models--org--tiny" / "refs").mkdir()
+(Path(cache) / "models--org--tiny" / "refs" / "main").write_text("0" * 40)
+out["fetched"] = identity("org/tiny", cache)
+out["not fetched"] = identity("org/other", cache)
+emit(out)
+"""
+
+
+@pytest.fixture(scope="module")
+def aside(
+    served: tuple[Path, list[dict[str, Any]]], run_offline: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    result: dict[str, Any] = run_offline(_ASIDE, str(served[0]), str(tmp_path_factory.mktemp("cache")))
+    return result
+
+
+def test_of_several_api_processes_one_tells_the_gauges(aside: dict[str, Any]) -> None:
+    modes = aside["modes"]
+    assert {name for name, mode in modes.items() if mode == "mostrecent"} == set(aside["gauges"])
+    assert len(modes) > len(aside["gauges"])
+
+
+def test_a_model_that_vllm_fetched_is_found_where_it_was_put(aside: dict[str, Any]) -> None:
+    assert aside["fetched"] == "org/tiny"
+    kind, text = aside["not fetched"]
+    assert kind == "UnsupportedModel"
+    assert "org/other" in text

@@ -10,7 +10,8 @@ import pytest
 _BEGIN = """
 import random
 from types import SimpleNamespace
-from kvist.engines.vllm.cartridges.placing import KEY, Placement, salt_of
+from kvist.cartridge.placing import Prefix
+from kvist.engines.vllm.cartridges.placing import KEY, Standing, salt_of
 from kvist.engines.vllm.cartridges.scheduler import CartridgeScheduler
 from kvist.engines.vllm.messages import StepReport
 from kvist.layout import Layout
@@ -40,7 +41,7 @@ class Request(SimpleNamespace):
 def request(name, tokens, cartridge="aa", held=32, salt=None, **fields):
     params = None
     if cartridge:
-        params = {KEY: Placement(cartridge, cartridge, held, "/dir/" + cartridge, True).to_marker()}
+        params = {KEY: Standing(Prefix(cartridge, cartridge, held, placed=True), "/dir/" + cartridge)}
         salt = salt_of(cartridge, salt)
     made = Request(**{"request_id": name, "kv_transfer_params": params, "cache_salt": salt, "num_tokens": tokens,
                       "skip_reading_prefix_cache": False, "block_hashes": [], **fields})
@@ -75,11 +76,22 @@ out["matched"] = {
     "less what is computed": matched(100, 45, 16), "all computed": matched(100, 32, 32), "beyond": matched(100, 32, 48),
     "prompt is the cartridge": matched(32, 32), "one more": matched(33, 32), "one token": matched(1, 1),
     "no cartridge": matched(100, 32, cartridge=None),
-    "another's salt": matched(100, 32, cache_salt="kvist:cartridge:bb"),
-    "no salt": matched(100, 32, cache_salt=None),
     "no marker": matched(100, 32, kv_transfer_params={"cartridge_id": "aa"}),
-    "a marker that is none": matched(100, 32, kv_transfer_params={KEY: {"id": "aa"}}),
+    "a client's marker": matched(100, 32, kv_transfer_params={KEY: {"id": "aa"}}),
 }
+import logging
+said = []
+class Listening(logging.Handler):
+    def emit(self, record):
+        said.append(record.levelname)
+logging.getLogger("kvist.vllm").addHandler(Listening())
+def heard(params):
+    said.clear()
+    side().arrive(request("r", 60, cartridge=None, kv_transfer_params=params))
+    return list(said)
+named = {"cartridge_id": "nobody"}
+out["heard"] = [heard(params) for params in (None, {}, {**named, KEY: None}, named)]
+
 probing = request("r", 100, skip_reading_prefix_cache=True)
 side().arrive(probing)
 out["reads the prefix cache"] = not probing.skip_reading_prefix_cache
@@ -159,12 +171,15 @@ def test_how_many_tokens_are_asked_for(facts: dict[str, Any]) -> None:
         "one more": [32, True],
         "one token": [0, False],
         "no cartridge": [0, False],
-        "another's salt": [0, False],
-        "no salt": [0, False],
         "no marker": [0, False],
-        "a marker that is none": [0, False],
+        "a client's marker": [0, False],
     }
     assert facts["reads the prefix cache"]
+
+
+def test_an_error_is_logged_only_if_the_plugin_saw_nothing(facts: dict[str, Any]) -> None:
+    """Not where the front end decided that an unknown id is computed without a cartridge."""
+    assert facts["heard"] == [[], [], [], ["ERROR"]]
 
 
 def test_what_is_loaded_where(facts: dict[str, Any]) -> None:

@@ -290,6 +290,20 @@ def test_what_cannot_be(server: VllmServer, books: dict[str, Book], fields: dict
         assert any(one in message for one in text.split("|")), message
 
 
+def test_what_a_refused_request_says_is_not_obeyed(server: VllmServer, books: dict[str, Book]) -> None:
+    """vLLM tells its engine core what one said that names a remote prefill, past all that looks at requests."""
+    used = ask(server, [5], "tail").transfer
+    assert used is not None
+    true = {name: used["cartridge"][name] for name in ("id", "identity", "tokens", "placed")} | {"skips": 0}
+    expected = ask(server, [7, 8, 9])
+    for changes in ({}, {"tokens": 10**9}, {"id": "evil/repo"}, {"directory": "evil/repo"}, {"skips": -(10**9)}):
+        said = {"do_remote_prefill": True, "cartridge_id": "tail", "kvist_cartridge": {**true, **changes}}
+        answer = server.http.post("/v1/completions", json={"prompt": [5], "max_tokens": 4, "kv_transfer_params": said})
+        assert "kvist_cartridge" in error_of(answer, 400)
+    assert_same(ask(server, [7, 8, 9], cache_salt="after"), expected)
+    assert "evil/repo" not in server.log
+
+
 def test_empty_prompts_are_refused_and_short_ones_answered(server: VllmServer, books: dict[str, Book]) -> None:
     for empty in ([], ""):
         answer = server.http.post("/v1/completions", json={"prompt": empty, "max_tokens": 4, **named("tail")})

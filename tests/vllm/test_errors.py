@@ -61,6 +61,7 @@ def serving(server: VllmServer) -> Iterator[None]:
 
 
 ROUTES = [("POST", SNAPSHOT), ("POST", CHECKOUT), ("POST", FORK), ("GET", SNAPSHOTS), ("GET", f"{SNAPSHOTS}/x")]
+ROUTES += [("GET", "/v1/kvist/cartridges"), ("POST", "/v1/kvist/cartridges"), ("DELETE", "/v1/kvist/cartridges/x")]
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)

@@ -16,9 +16,10 @@ from typing import Any, Final, Self
 from torch import Tensor
 
 from kvist.cartridge import hub
-from kvist.cartridge.directory import read_directory, verify_content, write_directory
+from kvist.cartridge.directory import write_directory
 from kvist.cartridge.manifest import CartridgeManifest, LayerShape, align_to_block_size
 from kvist.cartridge.model import ModelIdentity
+from kvist.cartridge.reading import checked_ids, read_directory, verify_content
 from kvist.cartridge.shards import (
     TOKEN_IDS,
     content_checksum,
@@ -214,19 +215,15 @@ class Cartridge:
         """
         if not self.manifest.has_token_ids:
             return None
-        ids: list[int] = self._open_tensors()[TOKEN_IDS].tolist()
-        if not all(0 <= token < 2**32 for token in ids):
-            raise InvalidCartridge(
-                f"cartridge {self.manifest.cartridge_id!r}: token ids must be in [0, 2^32), "
-                f"got {min(ids)} to {max(ids)}"
-            )
-        return tuple(ids)
+        return checked_ids(self.manifest, self._open_tensors()[TOKEN_IDS])
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, each ``[tokens, kv_heads, head_dim]``, contiguous, on the CPU.
 
         Those of an opened cartridge are views of the mapped file: not read before they are looked at, and not to be
-        written to. They stay valid after `close`.
+        written to. They stay valid after `close`. The file must not change meanwhile: what is overwritten in it changes
+        in them, and if it is cut short, looking ends the process (SIGBUS). To load a cartridge into a server, use
+        `kvist.cartridge.reading.open_layers`.
 
         Raises:
             InvalidInput: no such layer.
@@ -261,8 +258,8 @@ class Cartridge:
     ) -> Path:
         """Write it as a directory: whole, or not at all.
 
-        Where the same cartridge is there already, only its manifest is written anew. A cartridge made in memory takes
-        `directory` and the files in its `manifest` from the first time that it is saved.
+        Where the same cartridge is there already, it is read, and only its manifest is written anew. A cartridge made
+        in memory takes `directory` and the files in its `manifest` from the first time that it is saved.
 
         Args:
             save_directory: not there, empty, or this cartridge's.
@@ -275,8 +272,10 @@ class Cartridge:
             The directory.
 
         Raises:
-            AlreadyExists: the directory holds something else.
-            DamagedCartridge: its tensors were written to since it was made.
+            AlreadyExists: something else is there.
+            DamagedCartridge: its tensors were written to since it was made; or this cartridge is there already, and
+                that copy is damaged.
+            InvalidInput: it is the working directory.
             StoreError: the disk, or the hub, refused.
         """
         target = Path(save_directory)

@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, cast, get_args
 
 from kvist.cartridge.library import Entry, Library, default_cache_dir, open_source
 from kvist.cartridge.model import ModelIdentity
+from kvist.cartridge.placing import PrefixMode
 from kvist.cartridge.routing import (
     CartridgeRouter,
     CompositeRouter,
@@ -20,20 +21,18 @@ from kvist.cartridge.routing import (
     StaticCartridgeRouter,
     build_router_from_config,
 )
+from kvist.cartridge.sources import check_source
 from kvist.errors import InvalidInput, UnknownCartridge
 from kvist.ids import check_name
 
 if TYPE_CHECKING:
     from kvist.cartridge.registry import Registry
 
-_SOURCES: Final = {"path": {"manifest_path"}, "store": {"rev", "sequence"}, "hub": {"revision", "subfolder"}}
-"""Where a cartridge comes from, and what else may be said of each."""
 _HOST_BYTES: Final = 1 << 30
 _HOST_CARTRIDGES: Final = 8
 """Memory for cartridges where none is configured: a gibibyte, or eight of the largest."""
 
 Unknown = Literal["refuse", "compute"]
-Prefix = Literal["auto", "virtual", "prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,8 @@ class CartridgeConfig:
             document (``prompt``), or unless the prompt repeats it (``auto``).
         cache_dir: for converted and fetched cartridges.
         model, revision: what the served model is called, where the engine's name for it is not the manifest's.
-        verify: whether every byte is checked when a cartridge is loaded.
+        verify: whether every byte is checked when a cartridge is loaded. Without it a file that holds something else
+            than its manifest says can pass for another cartridge: only for files that nobody else can write.
     """
 
     sources: tuple[CartridgeSource, ...] = ()
@@ -75,7 +75,7 @@ class CartridgeConfig:
     host_bytes: int | None = None
     preload: tuple[str, ...] = ()
     unknown: Unknown = "refuse"
-    prefix: Prefix = "auto"
+    prefix: PrefixMode = "auto"
     cache_dir: Path = dataclasses.field(default_factory=default_cache_dir)
     model: str | None = None
     revision: str | None = None
@@ -109,8 +109,8 @@ class CartridgeConfig:
             registry=_text(extra, "registry"),
             host_bytes=_bytes(extra, "host_bytes" if "host_bytes" in extra else "gpu_capacity_bytes"),
             preload=tuple(_ids(extra, "preload")),
-            unknown=cast(Unknown, _choice(extra, "unknown", ("refuse", "compute"))),
-            prefix=cast(Prefix, _choice(extra, "prefix", ("auto", "virtual", "prompt"))),
+            unknown=cast(Unknown, _choice(extra, "unknown", get_args(Unknown))),
+            prefix=cast(PrefixMode, _choice(extra, "prefix", get_args(PrefixMode))),
             cache_dir=Path(_text(extra, "cache_dir") or default_cache_dir()).expanduser(),
             model=_text(extra, "model"),
             revision=_text(extra, "revision"),
@@ -207,8 +207,9 @@ def _static_ids(router: CartridgeRouter) -> Iterator[str]:
 
 def _sources(extra: Mapping[str, Any]) -> Iterator[CartridgeSource]:
     if "cartridge_path" in extra:
-        path = {"path": extra["cartridge_path"], "manifest_path": extra.get("manifest_path")}
-        yield CartridgeSource(None, _texts(path, "cartridge_path"))
+        if extra["cartridge_path"] is None:
+            raise InvalidInput("expected cartridge_path to be text, got None")
+        yield _source({"path": extra["cartridge_path"], "manifest_path": extra.get("manifest_path")})
         return
     listed = _typed(extra, "cartridges", list | tuple, "a list of objects", ())
     if "cartridges" in extra and not listed:
@@ -225,28 +226,14 @@ def _sources(extra: Mapping[str, Any]) -> Iterator[CartridgeSource]:
 def _source(one: object) -> CartridgeSource:
     if not isinstance(one, Mapping):
         raise InvalidInput(f"expected each of cartridges to be an object, got {one!r:.120}")
-    kinds = [kind for kind in _SOURCES if kind in one]
-    if len(kinds) != 1:
-        raise InvalidInput(f"expected each of cartridges to have one of {', '.join(_SOURCES)}, got {dict(one)!r:.120}")
-    kind = kinds[0]
-    if unknown := [key for key in one if key not in {kind, "cartridge_id", *_SOURCES[kind]}]:
-        raise InvalidInput(f"one of cartridges with {kind} does not take {', '.join(map(repr, unknown))}")
     cartridge_id = _text(one, "cartridge_id")
     if cartridge_id is not None:
         check_name(cartridge_id)
-    source = _texts({key: value for key, value in one.items() if key != "cartridge_id"}, kind)
-    if kind == "store" and "rev" not in source:
-        raise InvalidInput("expected one of cartridges with store to say rev, the snapshot")
+    told = {key: value for key, value in one.items() if key != "cartridge_id" and value is not None}
+    source = check_source(told)
+    for key in {"path", "manifest_path"} & set(source):
+        source[key] = str(Path(source[key]).expanduser())
     return CartridgeSource(cartridge_id, source)
-
-
-def _texts(told: Mapping[str, Any], kind: str) -> dict[str, str]:
-    texts = {key: text for key in told if (text := _text(told, key)) is not None}
-    if not {"path", "store", "hub"} & set(texts):
-        raise InvalidInput(f"expected {kind} to be text, got None")
-    for key in {"path", "manifest_path"} & set(texts):
-        texts[key] = str(Path(texts[key]).expanduser())
-    return texts
 
 
 def _exclude(extra: Mapping[str, Any], one: str, other: str) -> None:

@@ -1,4 +1,4 @@
-"""A cartridge's directory: opened and checked, written whole or not at all.
+"""A cartridge's directory, written whole or not at all.
 
 Knows files and the manifest. Must not know models, engines or the hub.
 
@@ -16,100 +16,20 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from torch import Tensor
 
-from kvist.cartridge.manifest import CartridgeManifest, FileEntry
+from kvist.cartridge.manifest import CartridgeManifest
 from kvist.cartridge.manifest_file import MANIFEST, read_manifest
-from kvist.cartridge.shards import (
-    TOKEN_IDS,
-    TYPE_NAMES,
-    Shard,
-    TensorEntry,
-    content_checksum,
-    keys_name,
-    not_finite,
-    plan_shards,
-    values_name,
-    write_shard,
-)
-from kvist.errors import AlreadyExists, DamagedCartridge, InvalidCartridge, StoreError
+from kvist.cartridge.reading import read_directory
+from kvist.cartridge.shards import plan_shards, write_shard
+from kvist.errors import AlreadyExists, DamagedCartridge, InvalidCartridge, InvalidInput, StoreError
+from kvist.store.posix import sync_directories
 
-_DTYPES: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """An open directory: its manifest, and its tensors by name in canonical order, mapped."""
-
-    manifest: CartridgeManifest
-    tensors: dict[str, Tensor]
-
-
-def read_directory(directory: Path, *, verify: bool) -> Opened:
-    """Open a cartridge. Nothing is mapped before every header is checked.
-
-    Args:
-        directory: with a manifest and the files that it names.
-        verify: read every byte, and compare digests, as `verify_content` does those of the content.
-
-    Raises:
-        NotFound, InvalidCartridge: as `read_manifest`; and files that do not hold the tensors that the manifest says.
-        DamagedCartridge: a file that is missing, or has not the size or, with ``verify``, the bytes that it should.
-    """
-    manifest = read_manifest(directory)
-    with contextlib.ExitStack() as stack:
-        shards = [stack.enter_context(Shard(directory / entry.name)) for entry in manifest.files]
-        for entry, shard in zip(manifest.files, shards, strict=True):
-            if shard.size != entry.size:
-                raise DamagedCartridge(f"{shard.path} has {shard.size} bytes, its manifest says {entry.size}")
-        threads = stack.enter_context(ThreadPoolExecutor(min(8, len(shards))))
-        digests = [threads.submit(shard.sha256) for shard in shards] if verify else []
-        try:
-            places = _places(manifest, shards)
-            tensors = {name: shard.tensor(entry) for name, (shard, entry) in places.items()}
-            if verify:
-                verify_content(manifest, tensors)
-        finally:  # a file that is another is why whatever else is wrong
-            _check_digests(shards, manifest.files, [digest.result() for digest in digests])
-    return Opened(manifest, tensors)
-
-
-def verify_content(manifest: CartridgeManifest, tensors: Mapping[str, Tensor]) -> None:
-    """Read all tensors: are they those of the checksum, and numbers?
-
-    Raises:
-        InvalidCartridge: the manifest promises tensors of other names, types or shapes.
-        DamagedCartridge: they are not.
-    """
-    shapes = {name: (TYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if shapes != tensor_shapes(manifest):
-        raise InvalidCartridge(f"cartridge {manifest.cartridge_id!r}: its tensors are not those that its manifest says")
-    checksum = content_checksum(tensors)
-    if checksum != manifest.checksum:
-        raise DamagedCartridge(
-            f"cartridge {manifest.cartridge_id!r}: its tensors have the checksum {checksum}, "
-            f"its manifest says {manifest.checksum}"
-        )
-    name = not_finite(tensors)
-    if name is not None:
-        raise DamagedCartridge(f"cartridge {manifest.cartridge_id!r}: {name} holds a NaN or an infinity")
-
-
-def tensor_shapes(manifest: CartridgeManifest) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Data type, by safetensors' name, and shape of every tensor that it promises, in canonical order."""
-    tokens, dtype = manifest.num_tokens_raw, _DTYPES[manifest.dtype]
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    if manifest.has_token_ids:
-        shapes[TOKEN_IDS] = ("I64", (tokens,))
-    for number, layer in enumerate(manifest.layers):
-        shape = (tokens, layer.num_kv_heads, layer.head_dim)
-        shapes[keys_name(number)] = shapes[values_name(number)] = (dtype, shape)
-    return shapes
+_BESIDE: Final = f".{MANIFEST}.tmp"
+"""A manifest that is not renamed yet. Only who holds the directory's lock has one, so the next one takes it away."""
 
 
 def write_directory(
@@ -121,7 +41,7 @@ def write_directory(
     they are.
 
     Args:
-        target: not there, empty, or the same cartridge.
+        target: not there, empty, or the same cartridge; a link is followed.
         manifest: files and sizes in it are not looked at.
         tensors: as `tensor_shapes` of it, contiguous on the CPU.
         max_shard_size: bytes of data a file.
@@ -131,12 +51,23 @@ def write_directory(
 
     Raises:
         AlreadyExists: something else is there.
+        DamagedCartridge: the same cartridge is there, and is damaged; it is not touched.
+        InvalidInput: it is the working directory.
         StoreError: the disk refused.
     """
     try:
+        target = Path(os.path.realpath(target))
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_dir():
+            raise AlreadyExists(f"{target} is there, and is no directory; it is not touched")
         if target.exists() and any(target.iterdir()):
             return _rewrite_manifest(target, manifest)
+        if target.is_dir() and target.samefile("."):
+            raise InvalidInput(
+                f"{target} is the working directory: a directory renamed into its place would leave this process, and "
+                "the shell that began it, in one that is removed",
+                hint="name one that is not there yet",
+            )
         _sweep(target)
         with _staging(target) as staging:
             written = _write(staging, manifest, tensors, max_shard_size)
@@ -146,7 +77,7 @@ def write_directory(
                 if not target.exists():
                     raise
                 raise AlreadyExists(f"{target} came to be while it was written; it is not touched") from None
-            _sync(target.parent)
+            sync_directories([target.parent])
             return written
     except OSError as error:
         raise StoreError(f"cannot write {target}: {error}") from None
@@ -159,12 +90,12 @@ def _write(
     files = tuple(sorted(entries, key=lambda entry: entry.name))
     written = dataclasses.replace(manifest, files=files, file_size_bytes=sum(entry.size for entry in files))
     _write_text(staging / MANIFEST, written.to_json())
-    _sync(staging)
+    sync_directories([staging])
     return written
 
 
 def _rewrite_manifest(target: Path, manifest: CartridgeManifest) -> CartridgeManifest:
-    """Say something else of the same content."""
+    """Say something else of the same content, which is read to see that it is there."""
     try:
         there = read_manifest(target)
     except InvalidCartridge:
@@ -175,63 +106,60 @@ def _rewrite_manifest(target: Path, manifest: CartridgeManifest) -> CartridgeMan
             f"{manifest.cartridge_id!r} ({manifest.identity[:12]}); it is not touched",
             hint="choose another directory, or remove that one",
         )
+    try:
+        read_directory(target, verify=True)
+    except (DamagedCartridge, InvalidCartridge) as error:
+        raise DamagedCartridge(
+            f"{target} holds this cartridge already, and is damaged: {error}",
+            hint="remove it, and save the cartridge again",
+        ) from None
     written = dataclasses.replace(
         manifest, files=there.files, file_size_bytes=there.file_size_bytes, created_at=there.created_at
     )
-    beside = target / f".{MANIFEST}.{secrets.token_hex(8)}.tmp"
+    handle, beside = _lock(target), target / _BESIDE
     try:
+        beside.unlink(missing_ok=True)
         _write_text(beside, written.to_json())
         beside.replace(target / MANIFEST)
+        sync_directories([target])
     finally:
         beside.unlink(missing_ok=True)
-    _sync(target)
+        os.close(handle)
     return written
-
-
-def _places(manifest: CartridgeManifest, shards: list[Shard]) -> dict[str, tuple[Shard, TensorEntry]]:
-    """Where each tensor is, in canonical order."""
-    found: dict[str, tuple[Shard, TensorEntry]] = {}
-    for shard in shards:
-        for name, entry in shard.header().items():
-            if name in found:
-                raise InvalidCartridge(f"{shard.path}: tensor {name!r:.80} is in {found[name][0].path.name} already")
-            found[name] = (shard, entry)
-    expected = tensor_shapes(manifest)
-    if wrong := sorted(set(found) ^ set(expected)):
-        raise InvalidCartridge(
-            f"cartridge {manifest.cartridge_id!r}: expected {len(expected)} tensors, got {len(found)}; "
-            f"the first that is missing or too many is {wrong[0]!r:.80}"
-        )
-    for name, (dtype, shape) in expected.items():
-        shard, entry = found[name]
-        if (entry.dtype, entry.shape) != (dtype, shape):
-            raise InvalidCartridge(
-                f"{shard.path}: {name} is {entry.dtype} {list(entry.shape)}, its manifest says {dtype} {list(shape)}"
-            )
-    return {name: found[name] for name in expected}
-
-
-def _check_digests(shards: list[Shard], entries: tuple[FileEntry, ...], digests: list[str]) -> None:
-    for shard, entry, digest in zip(shards, entries, digests, strict=False):
-        if digest != entry.sha256:
-            raise DamagedCartridge(
-                f"{shard.path} has the SHA-256 {digest}, its manifest says {entry.sha256}",
-                hint="fetch it anew, or make it anew: `kvist cartridge build`",
-            )
 
 
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A directory beside ``target`` that is removed unless it is renamed, and that no `_sweep` takes meanwhile."""
-    path = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
-    path.mkdir()
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    path, handle = _make_staging(target)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)  # it is gone if all went well
         os.close(handle)
+
+
+def _make_staging(target: Path) -> tuple[Path, int]:
+    """Make the directory, and lock it; also returns the handle that has the lock."""
+    while True:
+        path = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+        path.mkdir()
+        with contextlib.suppress(FileNotFoundError):
+            handle = _lock(path)
+            if path.exists():
+                return path, handle
+            os.close(handle)  # a sweep came between
+
+
+def _lock(directory: Path, how: int = fcntl.LOCK_EX) -> int:
+    """Take a directory's lock. Returns the handle that has it, until it is closed."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, how)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def _sweep(target: Path) -> None:
@@ -241,9 +169,8 @@ def _sweep(target: Path) -> None:
         if not left.fullmatch(path.name):
             continue
         with contextlib.suppress(FileNotFoundError, BlockingIOError, NotADirectoryError):
-            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            handle = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(handle)
@@ -254,11 +181,3 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

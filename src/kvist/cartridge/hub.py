@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kvist.cartridge.manifest_file import MANIFEST, read_manifest
-from kvist.errors import InvalidInput, NotFound, StoreError
+from kvist.errors import InvalidCartridge, InvalidInput, NotFound, StoreError
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
     from kvist.cartridge.manifest import CartridgeManifest
 
 _REPO_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -63,7 +65,7 @@ def upload(
 ) -> str:
     """Upload a cartridge's directory in one commit, and return its address; see `Cartridge.push_to_hub`.
 
-    Files of an earlier cartridge in the repository that this one does not have are deleted. A README is written where
+    Files that the repository's manifest names and this cartridge does not have are deleted. A README is written where
     the directory and the repository have none.
     """
     import huggingface_hub as hf
@@ -81,7 +83,7 @@ def upload(
             card = directory / _CARD
             text = card.read_bytes() if card.is_file() else _card(manifest).encode()
             additions.append(hf.CommitOperationAdd(_CARD, text))
-        stale = {name for name in there if re.fullmatch(r"cartridge[0-9of-]*\.safetensors", name)}
+        stale = _named_there(api, made, revision) & there if MANIFEST in there else set()
         stale -= {path.name for path in files}
         info = api.create_commit(
             made,
@@ -91,6 +93,15 @@ def upload(
             create_pr=create_pr,
         )
         return str(info.pr_url if create_pr else info.commit_url)
+
+
+def _named_there(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
+    """The files that a repository's manifest names. One that cannot be understood names none of ours."""
+    path = Path(api.hf_hub_download(repo_id, MANIFEST, revision=revision))
+    try:
+        return {entry.name for entry in read_manifest(path.parent).files}
+    except InvalidCartridge:
+        return set()
 
 
 def _download(repo_id: str, revision: str | None, names: list[str], options: dict[str, Any]) -> Path:
@@ -141,13 +152,12 @@ def _card(manifest: CartridgeManifest) -> str:
         lines.append(f"base_model: {manifest.model_id}")
     if re.fullmatch(r"[a-z0-9.+-]+", manifest.license):
         lines.append(f"license: {manifest.license}")
-    kind = f"trained in {manifest.training_steps:,} steps" if manifest.training_steps else "as a prefill computes them"
     lines += [
         "---",
         "",
         f"# {manifest.cartridge_id}",
         "",
-        f"Keys and values of {manifest.num_tokens_raw:,} tokens for `{manifest.model_id}`, {kind}.",
+        f"Keys and values of {manifest.num_tokens_raw:,} tokens for `{manifest.model_id}`, {manifest.origin}.",
         "",
         "```bash",
         "kvist cartridge show .",

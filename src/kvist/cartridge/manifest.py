@@ -59,7 +59,7 @@ class CartridgeManifest:
         checksum: SHA-256 over the digests of all its tensors, however these are spread over files.
         file_size_bytes: of all files together.
         created_at: ISO 8601, UTC.
-        training_steps: 0 for keys and values as a prefill computes them.
+        training_steps: 0 for keys and values that were not trained, or of which it is not known.
         source_document: where its text came from.
         labels: by which routers find it.
         schema_version: see `SCHEMA_VERSION`.
@@ -143,6 +143,13 @@ class CartridgeManifest:
             tokenizer_hash=self.tokenizer_hash,
         )
 
+    @property
+    def origin(self) -> str:
+        """How its keys and values came to be, in words: what is known of it, and no more."""
+        if self.training_steps:
+            return f"trained in {self.training_steps:,} steps"
+        return "as a prefill computes them" if self.has_token_ids else f"from {self.source_format or 'unknown'}"
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON has them; the caller's own."""
         document: dict[str, Any] = json.loads(canonical_json(dataclasses.asdict(self)))
@@ -221,7 +228,8 @@ class CartridgeManifest:
         names = shapes if self.dtype == "unknown" else (*shapes, "dtype")
         pairs.extend((name, getattr(self, name), getattr(model, name)) for name in names)
         if self.rope and model.rope:
-            pairs.append(("rope", dict(self.rope), dict(model.rope)))
+            mine, theirs = (canonical_json(rope).decode() for rope in (self.rope, model.rope))  # true is no 1.0
+            pairs.append(("rope", mine, theirs))
         if self.tokenizer_hash and model.tokenizer_hash:
             pairs.append(("tokenizer_hash", self.tokenizer_hash, model.tokenizer_hash))
         return [f"{name}: the cartridge has {a!r}, the model {b!r}" for name, a, b in pairs if a != b]

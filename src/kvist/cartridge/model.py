@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
 from kvist.errors import InvalidInput, UnsupportedModel
-from kvist.hashing.weights import revision
+from kvist.hashing.weights import hub_snapshot, revision
 
-DTYPES: Final = ("bfloat16", "float16", "float32")
-"""Data types of a cartridge's keys and values, by torch's names."""
+LAYOUT_DTYPES: Final = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+"""Data types of a cartridge's keys and values, by torch's names, and what `kvist.layout.Layout` calls them."""
 
-_HUB_SNAPSHOT: Final = re.compile(r".*/models--([^/]+)/snapshots/([0-9a-f]{40})/?")
+DTYPES: Final = tuple(LAYOUT_DTYPES)
+"""Torch's names alone."""
+
+MAX_NESTING: Final = 64
+"""Objects and arrays of a JSON document that may lie in one another: they are walked, and Python's stack is short."""
+
 _DIGEST: Final = re.compile(r"blake3:[0-9a-f]{64}")
 _KV_KINDS: Final = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model")
@@ -97,10 +103,10 @@ class ModelIdentity:
             )
         named = dtype or config.get("dtype") or config.get("torch_dtype")
         named = named or outer.get("dtype") or outer.get("torch_dtype") or "float32"
-        hub = _HUB_SNAPSHOT.fullmatch(directory.as_posix())
+        hub_id, commit = hub_snapshot(directory) or (None, None)
         return cls(
-            model_id=model_id or (hub[1].replace("--", "/") if hub else directory.name),
-            revision=revision or (hub[2] if hub else None),
+            model_id=model_id or hub_id or directory.name,
+            revision=revision or commit,
             num_layers=layers,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -121,9 +127,8 @@ def revision_like(directory: str | Path, known: str | None) -> str | None:
         A digest or a commit; ``None`` where the directory cannot say it in that form.
     """
     path = Path(directory).resolve()
-    hub = _HUB_SNAPSHOT.fullmatch(path.as_posix())
-    if hub is not None:
-        return hub[2]
+    if (hub := hub_snapshot(path)) is not None:
+        return hub[1]
     return revision(path) if known is not None and _DIGEST.fullmatch(known) else None
 
 
@@ -168,13 +173,28 @@ def _one_rope(given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
 
 
 def _value(name: str, value: object) -> Any:
-    if isinstance(value, bool | str):
+    items = [_scalar(item) for item in value] if isinstance(value, list | tuple) else [_scalar(value)]
+    if not name.isprintable() or None in items:
+        raise InvalidInput(f"rope's {name!r:.80} must be text, a number or a list of them, got {value!r:.80}")
+    return items if isinstance(value, list | tuple) else items[0]
+
+
+def _scalar(value: object) -> bool | float | str | None:
+    """Text, or a number as a float, or ``None`` for what is neither."""
+    if isinstance(value, bool) or (isinstance(value, str) and value.isprintable()):
         return value
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and abs(value) <= sys.float_info.max:
         return float(value)
-    if isinstance(value, list | tuple):
-        return [_value(name, item) for item in value]
-    raise InvalidInput(f"rope's {name} must be text, a number or a list of them, got {value!r:.80}")
+    return None
+
+
+def nesting(value: object) -> int:
+    """How many objects and arrays of a JSON value lie in one another at most; 0 for a scalar."""
+    depth, level = 0, [value]
+    while level := [part for part in level if isinstance(part, Mapping | list | tuple)]:
+        depth += 1
+        level = [item for part in level for item in (part.values() if isinstance(part, Mapping) else part)]
+    return depth
 
 
 def _read_config(directory: Path) -> Mapping[str, Any]:
@@ -185,6 +205,8 @@ def _read_config(directory: Path) -> Mapping[str, Any]:
         raise InvalidInput(f"{directory} is no model's directory: cannot read its config.json: {error}") from None
     if not isinstance(config, Mapping):
         raise InvalidInput(f"{path} must hold one object, got {type(config).__name__}")
+    if (depth := nesting(config)) > MAX_NESTING:
+        raise InvalidInput(f"{path}: expected at most {MAX_NESTING} objects and arrays in one another, got {depth}")
     return config
 
 

@@ -72,6 +72,19 @@ def is_placed(mode: PrefixMode, document: Sequence[int] | None, prompt: Sequence
     return not repeats
 
 
+def skips(text_ids: Sequence[int], bos_id: int | None) -> int:
+    """How many first ids of a text or a chat are left out where it goes on after a cartridge placed before it.
+
+    The tokenizer or the chat template marks the beginning of a text, and that is not where it stands then: a chat after
+    the cartridge of a system message is to be the chat with that message. A client's own token ids are left alone.
+
+    Args:
+        text_ids: of the whole text.
+        bos_id: what marks the beginning; ``None``: nothing does.
+    """
+    return int(len(text_ids) > 1 and text_ids[0] == bos_id)
+
+
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """The cartridge that a sequence begins with.

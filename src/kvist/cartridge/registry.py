@@ -9,6 +9,7 @@ either database, an order of registration exists, and readers see by one number 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +21,11 @@ from typing import Any, Final, Self
 import sqlalchemy as sql
 from sqlalchemy import exc
 
+from kvist.cartridge import database
 from kvist.cartridge.manifest import CartridgeManifest
 from kvist.errors import AlreadyExists, InvalidCartridge, InvalidInput, StoreError
+
+log = logging.getLogger("kvist.cartridge")
 
 SCHEMA: Final = 1
 """Version of the tables below."""
@@ -29,8 +33,8 @@ SCHEMA: Final = 1
 _KEY_BYTES: Final = 512
 _VALUE_BYTES: Final = 2048
 """Longest label; together they fit a row of PostgreSQL's indexes."""
-_BUSY_S: Final = 30.0
-"""How long a writer waits for another; each holds the database for milliseconds."""
+_LABELS: Final = 64
+"""Most labels of one cartridge: every server reads all of them."""
 _CREATING: Final = 0x6B76697374  # any number that no other program is likely to lock
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -97,9 +101,10 @@ class Registry:
             InvalidInput: another database, or one whose driver is not installed.
             StoreError: it cannot be reached, is no registry, or is one of another version.
         """
-        self._url = _parse(url_or_path)
-        self._engine = _engine(self._url)
+        self._url = database.parse(url_or_path)
+        self._engine = database.connect(self._url)
         self._is_closed = False
+        self._told: set[tuple[str, int]] = set()  # rows that cannot be read, by id and time
         try:
             self._prepare()
         except BaseException:
@@ -108,8 +113,8 @@ class Registry:
 
     @property
     def name(self) -> str:
-        """Its url, without a password."""
-        return self._url.render_as_string(hide_password=True)
+        """Its url, without a password and what else may be secret."""
+        return database.shown(self._url)
 
     # -- changing ----------------------------------------------------------------------------------------------------
 
@@ -128,6 +133,8 @@ class Registry:
             StoreError: the database failed; nothing has changed.
         """
         _check_location(location)
+        if len(manifest.labels) > _LABELS:
+            raise InvalidInput(f"labels: expected at most {_LABELS}, got {len(manifest.labels)}")
         for key, value in manifest.labels.items():
             _check_text(key, f"key {key!r:.80} of a label", _KEY_BYTES)
             _check_text(value, f"label {key!r:.80}", _VALUE_BYTES)
@@ -157,8 +164,9 @@ class Registry:
                 "manifest": text,
             }
             connection.execute(sql.insert(_cartridges).values(values))
-            for key, value in manifest.labels.items():
-                connection.execute(sql.insert(_labels).values(cartridge_id=cartridge_id, key=key, value=value))
+            labels = [{"cartridge_id": cartridge_id, "key": key, "value": at} for key, at in manifest.labels.items()]
+            if labels:
+                connection.execute(sql.insert(_labels), labels)
         return _registration(cartridge_id, location, manifest, manifest.file_size_bytes, now_us)
 
     def unregister(self, cartridge_id: str) -> bool:
@@ -177,13 +185,19 @@ class Registry:
         return bool(gone)
 
     # -- asking: all raise StoreError if the database fails -----------------------------------------------------------
+    #
+    # A list leaves out what this version cannot read, and logs it once: a row of a later version must not hide others.
 
     def lookup(self, cartridge_id: str) -> Registration | None:
-        """The one of this id, if there is."""
+        """The one of this id, if there is.
+
+        Raises:
+            InvalidCartridge: there is, with a manifest that this version cannot read.
+        """
         if not _is_storable(cartridge_id):
             return None
-        found = self._read(sql.select(_cartridges).where(_cartridges.c.cartridge_id == cartridge_id))
-        return found[0] if found else None
+        rows = self._rows(sql.select(_cartridges).where(_cartridges.c.cartridge_id == cartridge_id))
+        return _of_row(rows[0]) if rows else None
 
     def lookup_by_label(self, key: str, value: str) -> list[Registration]:
         """Those that carry the label, in the order of registration. Any text is a key, and means itself."""
@@ -206,11 +220,11 @@ class Registry:
         return self._read(sql.select(_cartridges).where(_cartridges.c.model_id == model_id))
 
     def list_all(self) -> list[Registration]:
-        """All, in the order of registration."""
+        """All that this version can read, in the order of registration."""
         return self._read(sql.select(_cartridges))
 
     def ids(self) -> list[str]:
-        """Only their ids, also of those whose manifests this version cannot read."""
+        """The ids of all, also of those that this version cannot read."""
         return [row.cartridge_id for row in self._rows(_in_order(sql.select(_cartridges.c.cartridge_id)))]
 
     def count(self) -> int:
@@ -237,10 +251,16 @@ class Registry:
     # -- transactions ------------------------------------------------------------------------------------------------
 
     def _read(self, query: sql.Select[Any]) -> list[Registration]:
-        return [
-            _registration(row.cartridge_id, row.location, _manifest(row), row.size, row.registered_us)
-            for row in self._rows(_in_order(query))
-        ]
+        found = []
+        for row in self._rows(_in_order(query)):
+            try:
+                found.append(_of_row(row))
+            except InvalidCartridge as error:
+                told = (row.cartridge_id, row.registered_us)
+                if told not in self._told:
+                    self._told.add(told)
+                    log.warning("left out of what the registry %s holds: %s (%s)", self.name, error, error.hint)
+        return found
 
     def _rows(self, query: sql.Select[Any]) -> list[sql.Row[Any]]:
         try:
@@ -296,56 +316,6 @@ class Registry:
             raise StoreError(f"the registry {self.name} failed: {reason}".strip()) from error
 
 
-# -- databases -----------------------------------------------------------------------------------------------------
-
-
-def _parse(url_or_path: str | Path) -> sql.URL:
-    text = str(url_or_path)
-    if not text:
-        raise InvalidInput("expected the path or url of a registry, got ''")
-    if "://" not in text:
-        return sql.URL.create("sqlite", database=str(Path(text).expanduser().absolute()))
-    try:
-        url = sql.make_url(text)
-        backend = url.get_backend_name()
-    except (exc.ArgumentError, ValueError):
-        raise InvalidInput("expected a registry's url as sqlite:///path or postgresql://user@host/database") from None
-    if backend in ("postgresql", "postgres"):
-        return url.set(drivername="postgresql+psycopg")
-    if backend != "sqlite":
-        raise InvalidInput(f"expected a registry in sqlite or postgresql, got {backend!r:.40}")
-    if not url.database or url.database == ":memory:":
-        raise InvalidInput("expected a registry's url to name a file: a database in memory is of one connection")
-    return sql.URL.create("sqlite", database=str(Path(url.database).absolute()))
-
-
-def _engine(url: sql.URL) -> sql.Engine:
-    if url.get_backend_name() == "postgresql":
-        limits = {} if "connect_timeout" in url.query else {"connect_timeout": 10}
-        try:
-            return sql.create_engine(url, connect_args=limits)
-        except ModuleNotFoundError:
-            raise InvalidInput(
-                "a registry in PostgreSQL needs the Python package psycopg, which is not installed",
-                hint="pip install 'kvist[postgres]'",
-            ) from None
-    directory = Path(url.database or "").parent
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"the directory of the registry {url.database} cannot be made: {error}") from error
-    engine = sql.create_engine(url, connect_args={"timeout": _BUSY_S})
-    sql.event.listen(engine, "connect", _set_up_sqlite)
-    sql.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
-    return engine
-
-
-def _set_up_sqlite(connection: Any, _: object) -> None:
-    connection.isolation_level = None  # or the driver begins transactions where it likes
-    for pragma in ("journal_mode = WAL", "foreign_keys = ON"):
-        connection.execute(f"PRAGMA {pragma}").fetchone()
-
-
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -360,14 +330,15 @@ def _registration(
     return Registration(cartridge_id=cartridge_id, location=location, manifest=manifest, size=size, registered_at=at)
 
 
-def _manifest(row: sql.Row[Any]) -> CartridgeManifest:
+def _of_row(row: sql.Row[Any]) -> Registration:
     try:
-        return CartridgeManifest.from_json(row.manifest)
+        manifest = CartridgeManifest.from_json(row.manifest)
     except InvalidCartridge as error:
         raise InvalidCartridge(
             f"cartridge {row.cartridge_id} is registered with a manifest that cannot be read: {error}",
             hint=f"to take it out: kvist cartridge remove {row.cartridge_id}",
         ) from error
+    return _registration(row.cartridge_id, row.location, manifest, row.size, row.registered_us)
 
 
 def _check_location(location: str) -> None:
@@ -375,7 +346,7 @@ def _check_location(location: str) -> None:
     if location.startswith("{"):
         try:
             source = json.loads(location)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidInput(f"expected a location to be an absolute path or a JSON object: {error}") from None
         if isinstance(source, Mapping):
             return

@@ -12,75 +12,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
+from kvist.cartridge.lease import Entry, Lease, choose
 from kvist.cartridge.room import ResidencyMetrics, Room
-from kvist.errors import EngineError, InvalidInput, ResidencyFull
+from kvist.errors import CartridgeTooLarge, EngineError, InvalidInput, ResidencyFull
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True, eq=False)
-class _Entry(Generic[T]):
-    """A key that is loading or resident.
-
-    Attributes:
-        size: bytes that it will take, is reserved, or takes; 0 until it is known.
-        is_reserved: whether there is room for it.
-        refs: leases, and those who wait for one.
-        is_resident: whether `value` is there.
-        is_stuck: it has to wait for leases of others to end before it can be loaded.
-        error: why there will be none.
-    """
-
-    key: Hashable
-    size: int = 0
-    refs: int = 1
-    is_resident: bool = False
-    is_reserved: bool = False
-    is_stuck: bool = False
-    is_pinned: bool = False
-    value: T | None = None
-    error: BaseException | None = None
-
-    @property
-    def may_go(self) -> bool:
-        return self.is_resident and not self.refs and not self.is_pinned
-
-
-class Lease(Generic[T]):
-    """The right to use what is resident. It stays until the lease is closed; a context manager closes it.
-
-    Closing again does nothing, from whatever thread. A lease that is never closed keeps its cartridge for ever.
-    """
-
-    __slots__ = ("_entry", "_residency")
-
-    def __init__(self, residency: Residency[T], entry: _Entry[T]) -> None:
-        self._residency = residency
-        self._entry: _Entry[T] | None = entry
-
-    @property
-    def value(self) -> T:
-        """What was loaded; the same object for all who lease it.
-
-        Raises:
-            EngineError: the lease is closed.
-        """
-        if (entry := self._entry) is None:
-            raise EngineError("the lease is closed; acquire again")
-        return cast(T, entry.value)
-
-    def close(self) -> None:
-        """Give it back."""
-        self._residency._give_back(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Residency(Generic[T]):
@@ -113,7 +51,7 @@ class Residency(Generic[T]):
         self._room = Room(capacity_bytes)
         self._load, self._size_of, self._release, self._check = load, size_of, release, check
         self._changed = threading.Condition()
-        self._entries: OrderedDict[Hashable, _Entry[T]] = OrderedDict()  # least recently used first
+        self._entries: OrderedDict[Hashable, Entry[T]] = OrderedDict()  # least recently used first
         self._is_closed = False
 
     # -- using -------------------------------------------------------------------------------------------------------
@@ -126,11 +64,23 @@ class Residency(Generic[T]):
             wait: where leases of others leave no room, wait for them. A caller that holds one itself must not.
 
         Raises:
-            ResidencyFull: it is larger than the capacity or than pins leave, or there is no room now.
-            EngineError: the residency is closed.
+            CartridgeTooLarge: it is larger than the capacity.
+            ResidencyFull: it is larger than pins leave, or there is no room now.
+            EngineError: the residency is closed, or the thread that loaded it was interrupted.
             Exception: whatever ``size_of``, ``check`` or ``load`` raised: one failed load fails all who waited for it.
         """
         return self._obtain(key, wait=wait, is_asked=True)
+
+    def lease(self, key: Hashable) -> Lease[T] | None:
+        """As `acquire`, of what is resident; ``None`` if it would have to be loaded. Never waits."""
+        with self._changed:
+            entry = self._entries.get(key)
+            if entry is None or not entry.is_resident:
+                return None
+            entry.refs += 1
+            self._entries.move_to_end(key)
+            self._room.hits += 1
+            return Lease(entry, self._give_back)
 
     def prefetch(self, key: Hashable) -> bool:
         """Load what will be acquired soon; it is neither leased nor pinned then, and counts as no hit or miss.
@@ -227,19 +177,19 @@ class Residency(Generic[T]):
                     self._bring_in(entry, wait)
                 else:
                     self._await(entry, wait)
-                return Lease(self, entry)
+                return Lease(entry, self._give_back)
             except ResidencyFull:
                 if leads or not wait:
                     raise
                 is_asked = False  # counted already; who led would not wait for room, and this one does
 
-    def _join(self, key: Hashable, is_asked: bool) -> tuple[_Entry[T], bool]:
+    def _join(self, key: Hashable, is_asked: bool) -> tuple[Entry[T], bool]:
         """Take a reference to the key's entry; whether it was made for this, so that the caller is to bring it in."""
         with self._changed:
             self._require_open()
             entry = self._entries.get(key)
             if entry is None:
-                entry = self._entries[key] = _Entry(key)
+                entry = self._entries[key] = Entry(key)
                 self._room.misses += is_asked
                 return entry, True
             entry.refs += 1
@@ -250,7 +200,7 @@ class Residency(Generic[T]):
                 self._room.waits += is_asked
             return entry, False
 
-    def _await(self, entry: _Entry[T], wait: bool) -> None:
+    def _await(self, entry: Entry[T], wait: bool) -> None:
         try:
             with self._changed:
                 while not entry.is_resident and entry.error is None:
@@ -258,12 +208,14 @@ class Residency(Generic[T]):
                         raise self._full(entry.size)
                     self._changed.wait()
         except BaseException:
-            Lease(self, entry).close()
+            Lease(entry, self._give_back).close()
             raise
-        if entry.error is not None:
+        if isinstance(entry.error, Exception):
             raise entry.error
+        if entry.error is not None:  # the end of the thread that loaded is not the end of this one
+            raise EngineError("the load was interrupted") from entry.error
 
-    def _bring_in(self, entry: _Entry[T], wait: bool) -> None:
+    def _bring_in(self, entry: Entry[T], wait: bool) -> None:
         try:
             size = self._size_of(entry.key)
             if size < 0:
@@ -284,7 +236,7 @@ class Residency(Generic[T]):
                 self._entries.move_to_end(entry.key)
             self._changed.notify_all()
 
-    def _fail(self, entry: _Entry[T], error: BaseException) -> None:
+    def _fail(self, entry: Entry[T], error: BaseException) -> None:
         with self._changed:
             entry.error = error
             if self._entries.get(entry.key) is entry:
@@ -296,7 +248,7 @@ class Residency(Generic[T]):
                 self._room.failures += 1
             self._changed.notify_all()
 
-    def _reserve(self, entry: _Entry[T], size: int, wait: bool) -> list[_Entry[T]]:
+    def _reserve(self, entry: Entry[T], size: int, wait: bool) -> list[Entry[T]]:
         """Make room: all that has to go is taken off in one step, or nothing is. Returns what is to be let go."""
         with self._changed:
             entry.size = size
@@ -308,7 +260,7 @@ class Residency(Generic[T]):
                 self._changed.wait()
                 self._require_open()
             entry.is_stuck = False
-            victims = _choose(self._idle(), surplus)
+            victims = choose(self._idle(), surplus)
             for victim in victims:
                 del self._entries[victim.key]
             self._move_out(victims)
@@ -316,7 +268,7 @@ class Residency(Generic[T]):
             entry.is_reserved = True
             return victims
 
-    def _idle(self) -> list[_Entry[T]]:
+    def _idle(self) -> list[Entry[T]]:
         return [entry for entry in self._entries.values() if entry.may_go]
 
     @property
@@ -326,10 +278,16 @@ class Residency(Generic[T]):
     def _require_room(self, size: int, wait: bool) -> None:
         """Refuse what pins leave no room for; and what has no room now, but for who waits."""
         room = self._room
+        if size > room.capacity:
+            raise CartridgeTooLarge(
+                f"expected at most the capacity of {room.capacity} bytes, got {size}",
+                hint=f"host_bytes of at least {size} would hold it",
+            )
         pinned = sum(entry.size for entry in self._entries.values() if entry.is_pinned)
         if size > room.capacity - pinned:
-            but = f" of which {pinned} are pinned" if pinned else ""
-            raise ResidencyFull(f"expected at most the capacity of {room.capacity} bytes{but}, got {size}")
+            raise ResidencyFull(
+                f"expected at most the capacity of {room.capacity} bytes of which {pinned} are pinned, got {size}"
+            )
         if not wait and self._available + room.leaving < size:
             raise self._full(size)
 
@@ -340,18 +298,18 @@ class Residency(Generic[T]):
             hint="retry when requests have ended, or raise host_bytes",
         )
 
-    def _move_out(self, gone: Iterable[_Entry[T]]) -> None:
+    def _move_out(self, gone: Iterable[Entry[T]]) -> None:
         for entry in gone:
             self._room.evict(entry.size)
         self._changed.notify_all()
 
-    def _let_go(self, gone: Iterable[_Entry[T]]) -> None:
+    def _let_go(self, gone: Iterable[Entry[T]]) -> None:
         """Release what was moved out. Its bytes count until then, beside the reservation that it makes room for."""
         with ExitStack() as acts:
             for entry in gone:
                 acts.callback(self._release_one, entry)
 
-    def _release_one(self, entry: _Entry[T]) -> None:
+    def _release_one(self, entry: Entry[T]) -> None:
         value, entry.value = entry.value, None
         try:
             if self._release is not None:
@@ -366,7 +324,7 @@ class Residency(Generic[T]):
 
     def _give_back(self, lease: Lease[T]) -> None:
         with self._changed:
-            entry, lease._entry = lease._entry, None
+            entry = lease.take()
             if entry is None:
                 return
             entry.refs -= 1
@@ -387,14 +345,3 @@ class Residency(Generic[T]):
     def _require_open(self) -> None:
         if self._is_closed:
             raise EngineError("the residency is closed")
-
-
-def _choose(idle: list[_Entry[T]], surplus: int) -> list[_Entry[T]]:
-    """All of them but what is not needed: of ``surplus`` bytes, the most recently used are spared first."""
-    chosen = []
-    for entry in reversed(idle):
-        if entry.size <= surplus:
-            surplus -= entry.size
-        else:
-            chosen.append(entry)
-    return chosen[::-1]

@@ -64,6 +64,11 @@ class Labelled(Protocol):
 class CartridgeRouter(ABC):
     """The rule by which a request chooses a cartridge."""
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """Under which a request may say something to it."""
+        return frozenset()
+
     @abstractmethod
     def resolve(self, selection: Selection) -> str | None:
         """The id of the cartridge that the request uses; ``None`` if it uses none.
@@ -79,6 +84,11 @@ class ExplicitCartridgeRouter(CartridgeRouter):
     """The request names the id under ``key``."""
 
     key: str = ID_KEY
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """See `CartridgeRouter`."""
+        return frozenset({self.key})
 
     def resolve(self, selection: Selection) -> str | None:
         """See `CartridgeRouter`."""
@@ -107,6 +117,11 @@ class LabelCartridgeRouter(CartridgeRouter):
     label_key: str
     extras_key: str = LABEL_KEY
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """See `CartridgeRouter`."""
+        return frozenset({self.extras_key})
+
     def resolve(self, selection: Selection) -> str | None:
         """See `CartridgeRouter`."""
         value = selection.value(self.extras_key)
@@ -115,7 +130,7 @@ class LabelCartridgeRouter(CartridgeRouter):
         found = self.registry.ids_by_label(self.label_key, value)
         if not found:
             raise UnknownCartridge(
-                f"no cartridge is registered with the label {self.label_key}={value}",
+                f"no cartridge is registered with the label {self.label_key}={value!r:.120}",
                 hint="to see them: kvist cartridge list",
             )
         return found[0]
@@ -126,6 +141,11 @@ class CompositeRouter(CartridgeRouter):
     """The first router that decides. What one of them does not know, a later one may."""
 
     routers: Sequence[CartridgeRouter]
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """See `CartridgeRouter`."""
+        return frozenset().union(*(router.keys for router in self.routers))
 
     def resolve(self, selection: Selection) -> str | None:
         """See `CartridgeRouter`; the first error is raised if no router decides."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from kvist.cartridge.model import DTYPES
+from kvist.cartridge.model import DTYPES, MAX_NESTING, nesting
 from kvist.errors import InvalidCartridge, InvalidInput
 from kvist.ids import check_name
 from kvist.repo.manifest import canonical_json
@@ -67,6 +67,10 @@ def _check_types(manifest: CartridgeManifest) -> None:
     for name in ("model_revision", "tokenizer_hash", "chat_template_hash"):
         if getattr(manifest, name) is not None:
             _text(getattr(manifest, name), name, at_least=1)
+    for name in ("model_id", "model_revision", "tokenizer_hash"):
+        text = getattr(manifest, name)
+        if text is not None and not text.isprintable():  # or it could name no `ModelIdentity`
+            raise InvalidCartridge(f"manifest: {name} must be printable text, got {text!r:.80}")
     for name in ("has_frozen_prefix", "has_token_ids"):
         if type(getattr(manifest, name)) is not bool:
             raise InvalidCartridge(f"manifest: {name} must be true or false, got {getattr(manifest, name)!r:.80}")
@@ -138,7 +142,21 @@ def _check_own(manifest: CartridgeManifest) -> None:
             f"manifest: num_kv_heads and head_dim are {manifest.num_kv_heads} and {manifest.head_dim}, "
             f"the first layer has {first.num_kv_heads} and {first.head_dim}"
         )
+    _check_rope(manifest.rope)
     _check_files(manifest)
+
+
+def _check_rope(rope: Mapping[str, Any]) -> None:
+    """As `canonical_rope` makes it: it is in the identity, and one rotation has one spelling."""
+    parts = list(rope.values())
+    for part in parts if parts and all(isinstance(part, Mapping) for part in parts) else [rope]:
+        for name, value in part.items():
+            items = value if isinstance(value, list) else [value]
+            if not all(isinstance(item, bool | float | str) for item in items):
+                raise InvalidCartridge(
+                    f"manifest: rope's {name!r:.80} must be text, true, false, a float (10000.0, not 10000) or a list "
+                    f"of these, got {value!r:.80}"
+                )
 
 
 def _check_files(manifest: CartridgeManifest) -> None:
@@ -163,9 +181,13 @@ def _check_files(manifest: CartridgeManifest) -> None:
 
 
 def _check_json(value: object, name: str) -> None:
-    """Refuse what would come back different: number keys, tuples, NaN."""
+    """Refuse what would come back different: number keys, tuples, NaN; and what is too deep to be walked."""
     if not isinstance(value, Mapping):
         raise InvalidCartridge(f"manifest: {name} must be an object, got {value!r:.80}")
+    if (depth := nesting(value)) > MAX_NESTING:
+        raise InvalidCartridge(
+            f"manifest: {name}: expected at most {MAX_NESTING} objects and arrays in one another, got {depth}"
+        )
     try:
         same = json.loads(canonical_json(value)) == value
     except (TypeError, ValueError, RecursionError) as error:

@@ -2,6 +2,9 @@
 
 Knows bytes and torch. Must not know manifests' other fields, directories' names or the hub.
 
+A mapped file that is cut short by somebody else ends the process that looks at what is gone (SIGBUS), and one that is
+overwritten changes under its readers. So what a server loads, and whatever is verified, is read (`Shard.fill`).
+
 The reader is our own, since what it reads comes from strangers: before anything is mapped, the header must be small,
 strict JSON, and cover the file's bytes exactly once. Nothing in it can run code.
 """
@@ -15,18 +18,18 @@ import math
 import mmap
 import os
 import re
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, Final, Self
 
 import torch
 from blake3 import blake3
 from torch import Tensor
 
 from kvist.cartridge.manifest import FileEntry
+from kvist.cartridge.manifest_file import open_regular
 from kvist.errors import DamagedCartridge, InvalidCartridge, InvalidInput, InvalidManifest
 from kvist.repo.manifest import canonical_json, parse_json
 
@@ -88,6 +91,7 @@ class Shard:
     Attributes:
         path: of the file.
         size: in bytes.
+        stamp: which file it is, and when it was written to last, in ns; of a file that is changed, another.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,12 +102,12 @@ class Shard:
         """
         self.path = path
         try:
-            if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: a pipe would wait for its writer
-                raise DamagedCartridge(f"{path} is no regular file")
-            self._file: BinaryIO = path.open("rb")
+            self._file = open_regular(path)
         except OSError as error:
             raise DamagedCartridge(f"cannot read {path}: {error.strerror}") from None
-        self.size = os.fstat(self._file.fileno()).st_size
+        stat = os.fstat(self._file.fileno())
+        self.size = stat.st_size
+        self.stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         self._map: mmap.mmap | None = None
 
     def __enter__(self) -> Self:
@@ -125,6 +129,24 @@ class Shard:
             place += len(chunk)
         return digest.hexdigest()
 
+    def fill(self, out: memoryview, start: int) -> None:
+        """Read so many bytes from ``start`` on into a buffer. Usable from several threads.
+
+        Raises:
+            DamagedCartridge: the file ends before, or cannot be read.
+        """
+        end = start + len(out)
+        try:
+            while out:
+                got = os.preadv(self._file.fileno(), [out], end - len(out))
+                if not got:
+                    raise DamagedCartridge(
+                        f"{self.path} ends at {end - len(out)}, it had {self.size} bytes when opened"
+                    )
+                out = out[got:]
+        except OSError as error:
+            raise DamagedCartridge(f"cannot read {self.path}: {error.strerror}") from None
+
     def header(self) -> dict[str, TensorEntry]:
         """Its tensors by name.
 
@@ -132,12 +154,11 @@ class Shard:
             InvalidCartridge: anything but a header whose tensors cover the rest of the file exactly once.
         """
         where = str(self.path)
-        self._file.seek(0)
-        head = self._file.read(8)
+        head = os.pread(self._file.fileno(), 8, 0)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or not 2 <= length <= min(_HEADER_MAX, self.size - 8):
             raise InvalidCartridge(f"{where}: no safetensors header of at most {_HEADER_MAX} bytes begins the file")
-        text = self._file.read(length)
+        text = os.pread(self._file.fileno(), length, 8)
         try:
             document = parse_json(text, where)
         except InvalidManifest as error:
@@ -154,7 +175,7 @@ class Shard:
         return entries
 
     def tensor(self, entry: TensorEntry) -> Tensor:
-        """A view of the mapped file; nothing is read until it is looked at."""
+        """A view of the mapped file; nothing is read until it is looked at, and until then the file must not change."""
         if self._map is None:
             # Private and writable, since torch has no read-only tensors; without reserving memory for copies.
             flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
@@ -238,9 +259,14 @@ def content_checksum(tensors: Mapping[str, Tensor]) -> str:
     """
     with ThreadPoolExecutor(_THREADS) as threads:
         digests = list(threads.map(_digest, tensors.values()))
+    shapes = [(name, TYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return checksum_of_digests(shapes, digests)
+
+
+def checksum_of_digests(shapes: Iterable[tuple[str, str, tuple[int, ...]]], digests: Iterable[str]) -> str:
+    """`content_checksum` of tensors, each by its name, type and shape, whose BLAKE3 digests in hex are known."""
     document = [
-        [name, TYPE_NAMES[tensor.dtype], list(tensor.shape), digest]
-        for (name, tensor), digest in zip(tensors.items(), digests, strict=True)
+        [name, dtype, list(shape), digest] for (name, dtype, shape), digest in zip(shapes, digests, strict=True)
     ]
     return hashlib.sha256(b"kvist cartridge content v1\0" + canonical_json({"tensors": document})).hexdigest()
 
@@ -248,7 +274,7 @@ def content_checksum(tensors: Mapping[str, Tensor]) -> str:
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds a NaN or an infinity, or ``None``."""
     with ThreadPoolExecutor(_THREADS) as threads:
-        fine = list(threads.map(_is_finite, tensors.values()))
+        fine = list(threads.map(is_finite, tensors.values()))
     return next((name for name, is_fine in zip(tensors, fine, strict=True) if not is_fine), None)
 
 
@@ -264,7 +290,8 @@ def _digest(tensor: Tensor) -> str:
     return blake3(tensor_bytes(tensor)).hexdigest()
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds no NaN and no infinity."""
     if not tensor.is_floating_point():
         return True
     # A NaN anywhere is both; an infinity is one of the two. Several times as fast as to ask each number.

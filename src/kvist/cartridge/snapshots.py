@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from kvist.cartridge.cartridge import Cartridge
-from kvist.cartridge.directory import verify_content
 from kvist.cartridge.manifest import CartridgeManifest
-from kvist.cartridge.model import ModelIdentity, revision_like
+from kvist.cartridge.model import LAYOUT_DTYPES, ModelIdentity, revision_like
 from kvist.cartridge.placing import VIRTUAL
+from kvist.cartridge.reading import verify_content
 from kvist.cartridge.sharding import rank_heads
 from kvist.cartridge.shards import named_tensors, tensor_bytes
 from kvist.errors import InvalidInput, LayoutMismatch, NotFound, UnsupportedModel
@@ -37,8 +37,7 @@ STATE: Final = "kvist_cartridge"
 BRANCHES: Final = "cartridge/"
 """Branches of cartridges begin so."""
 
-_LAYOUT_DTYPES: Final = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-_DTYPES: Final = {ours: name for name, ours in _LAYOUT_DTYPES.items()}
+_DTYPES: Final = {ours: name for name, ours in LAYOUT_DTYPES.items()}
 _WINDOW: Final = 256 << 20
 # Axes of one half of a page, K and V, by memory order. vLLM's CPU kernels keep K transposed (as of 0.32).
 _AXES: Final = {
@@ -74,7 +73,7 @@ def to_repository(cartridge: Cartridge, repo: Repository, *, name: str, page_siz
         n_layers=manifest.num_layers,
         n_heads=manifest.num_kv_heads,
         head_dim=manifest.head_dim,
-        dtype=_LAYOUT_DTYPES[manifest.dtype],
+        dtype=LAYOUT_DTYPES[manifest.dtype],
         model=manifest.model_id,
         revision=manifest.model_revision,
     )
@@ -130,7 +129,7 @@ def from_repository(
         InvalidInput: several sequences and none named; or more tokens wanted than are cached.
         UnsupportedModel: latent (MLA) or sliding attention, layers in several groups, or an order of pages that only
             their engine can read.
-        LayoutMismatch: ``model`` is another.
+        LayoutMismatch: ``model`` is another, or the ranks hold different sequences.
         MissingPage, DamagedPage: the repository does not have it whole.
     """
     snapshot = repo.snapshot(rev)
@@ -138,16 +137,18 @@ def from_repository(
     _check_layouts(ranks, rev)
     chosen = [_sequence(rank, sequence, rev) for rank in ranks]
     layout = ranks[0].layout
-    cached = chosen[0].cached_tokens(layout.page_size_tokens)
+    cached = _cached(chosen, layout, rev)
     count = cached if tokens is None else tokens
-    if not 0 < count <= min(seq.cached_tokens(layout.page_size_tokens) for seq in chosen):
+    if not 0 < count <= cached:
         raise InvalidInput(f"{rev}: sequence {chosen[0].id!r} has {cached} cached tokens, wanted {count}")
     found = _model_of(ranks, model)
-    keys, values = _decoded(repo, ranks, chosen, count, found.num_kv_heads)
+    said = chosen[0].state.get(STATE)
+    stored = said if isinstance(said, Mapping) else None
+    # A stored cartridge is read whole, whatever is wanted of it: its checksum is of the whole.
+    keys, values = _decoded(repo, ranks, chosen, count if stored is None else cached, found.num_kv_heads)
     layers = list(zip(keys, values, strict=True))
-    stored = chosen[0].state.get(STATE)
-    if isinstance(stored, Mapping) and tokens is None:
-        cartridge = _stored(layers, stored, chosen[0])
+    if stored is not None:
+        cartridge = _cut(_stored(layers, stored, chosen[0]), count)
         changes: dict[str, Any] = {"cartridge_id": cartridge_id, "labels": labels}
         if any(value is not None for value in changes.values()):
             cartridge = cartridge.with_metadata(**changes)
@@ -238,6 +239,18 @@ def _sequence(rank: Manifest, name: str | None, rev: str) -> LogicalSeq:
     return found
 
 
+def _cached(chosen: Sequence[LogicalSeq], layout: Layout, rev: str) -> int:
+    """How many of its tokens are cached, by all ranks, which must be of one sequence for that."""
+    cached = [seq.cached_tokens(layout.page_size_tokens) for seq in chosen]
+    said = [(seq.token_ids, seq.state.get(STATE)) for seq in chosen]
+    if len(set(cached)) > 1 or any(one != said[0] for one in said):
+        raise LayoutMismatch(
+            f"{rev}: its ranks hold different sequences {chosen[0].id!r}: expected one number of cached tokens, the "
+            f"same token ids and the same manifest, got {cached!r:.80} tokens"
+        )
+    return cached[0]
+
+
 def _model_of(ranks: Sequence[Manifest], model: ModelIdentity | None) -> ModelIdentity:
     """What the snapshot says of its model, completed by what the caller does."""
     layout = ranks[0].layout
@@ -306,3 +319,28 @@ def _stored(layers: Sequence[tuple[Tensor, Tensor]], document: Mapping[str, Any]
     tensors = named_tensors(layers, seq.token_ids if manifest.has_token_ids else None)
     verify_content(manifest, tensors)
     return Cartridge(manifest, tensors, None)
+
+
+def _cut(cartridge: Cartridge, tokens: int) -> Cartridge:
+    """Its first tokens, with all that is said of it; itself, where that is all of them."""
+    if tokens == cartridge.num_tokens:
+        return cartridge
+    manifest, ids = cartridge.manifest, cartridge.token_ids
+    layers = [cartridge.layer(number) for number in range(cartridge.num_layers)]
+    return Cartridge.create(
+        [(keys[:tokens], values[:tokens]) for keys, values in layers],
+        manifest.model,
+        cartridge_id=manifest.cartridge_id,
+        token_ids=None if ids is None else ids[:tokens],
+        num_frozen_tokens=min(manifest.num_frozen_tokens, tokens),
+        first_position=manifest.first_position,
+        training_steps=manifest.training_steps,
+        source_document=manifest.source_document,
+        source_format=manifest.source_format,
+        resource_kind=manifest.resource_kind,
+        block_size=manifest.block_size,
+        labels=manifest.labels,
+        provenance={**manifest.provenance, "cut": {"tokens": tokens, "of": manifest.identity}},
+        license=manifest.license,
+        chat_template_hash=manifest.chat_template_hash,
+    )

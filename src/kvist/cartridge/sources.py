@@ -1,7 +1,7 @@
 """Where a configured cartridge comes from, and its directory: as it is, or made once in a cache.
 
 Knows directories, checkpoints of other projects, repositories and the hub. Must not know engines, registries or ids of
-requests.
+requests. Imports torch only where tensors are read.
 
 What is made is named by the digest of all that decides it, so that it is never stale; and made below a lock, so that
 the processes of one server make it once.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import logging
 import re
@@ -20,16 +19,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from kvist.cartridge.formats.importing import file_sha256, import_checkpoint
-from kvist.cartridge.formats.reading import checkpoint_file
-from kvist.cartridge.formats.sidecar import find_sidecar
 from kvist.cartridge.hub import resolve
 from kvist.cartridge.manifest import CartridgeManifest
 from kvist.cartridge.manifest_file import MANIFEST, read_manifest
 from kvist.cartridge.model import ModelIdentity
-from kvist.errors import InvalidCartridge, InvalidInput, InvalidName, NotFound, StoreError
+from kvist.errors import InvalidCartridge, InvalidInput, InvalidName, NotFound
 from kvist.ids import check_name
 from kvist.repo.manifest import canonical_json
+from kvist.store.posix import exclusive, translated
 
 log = logging.getLogger("kvist.cartridge")
 
@@ -66,29 +63,38 @@ def materialize(source: str | Path | Mapping[str, Any], *, cache_dir: str | Path
         InvalidCartridge, UnsafeCheckpoint, DamagedCartridge, LayoutMismatch: it cannot become one.
         StoreError: the cache, the repository or the hub cannot be used.
     """
-    told = _told(source)
+    told = {"path": str(source)} if isinstance(source, str | Path) else check_source(source)
     cache = Path(cache_dir)
     if "hub" in told:
         return resolve(told["hub"], revision=told.get("revision"), subfolder=told.get("subfolder"))
     if "store" in told:
         return _of_repository(told, cache, model)
     path = Path(told["path"])
-    if (path / MANIFEST).is_file() and "manifest_path" not in told:
-        return path
-    return _of_checkpoint(path, told, cache, model)
+    try:
+        if (path / MANIFEST).is_file() and "manifest_path" not in told:
+            return path
+        return _of_checkpoint(path, told, cache, model)
+    except OSError as error:  # a name longer than names may be, or a directory that may not be looked into
+        raise NotFound(f"{str(path)!r:.200} cannot be had: {error.strerror}") from error
 
 
-def _told(source: str | Path | Mapping[str, Any]) -> dict[str, str]:
-    if isinstance(source, str | Path):
-        return {"path": str(source)}
+def check_source(source: Mapping[str, Any]) -> dict[str, str]:
+    """What `materialize` understands, if it is.
+
+    Raises:
+        InvalidInput: it says no kind of source, or several; something else besides; or not all, or not in text.
+    """
     kinds = [kind for kind in _KEYS if kind in source]
-    if len(kinds) != 1 or set(source) - _KEYS[kinds[0]] - set(kinds):
+    if len(kinds) != 1:
         raise InvalidInput(f"expected a source with one of {', '.join(_KEYS)}, got the keys {sorted(map(str, source))}")
+    (kind,) = kinds
+    if unknown := [key for key in source if key not in {kind, *_KEYS[kind]}]:
+        raise InvalidInput(f"a source with {kind} does not take {', '.join(map(repr, unknown))}")
     for key, value in source.items():
         if not (isinstance(value, str) and value and "\0" not in value):
-            raise InvalidInput(f"a source's {key} must be text, got {value!r:.80}")
-    if kinds == ["store"] and "rev" not in source:
-        raise InvalidInput("a source in a store must say rev, the snapshot")
+            raise InvalidInput(f"expected a source's {key} to be text, got {value!r:.80}")
+    if kind == "store" and "rev" not in source:
+        raise InvalidInput("expected a source in a store to say rev, the snapshot")
     return dict(source)
 
 
@@ -96,13 +102,24 @@ def _told(source: str | Path | Mapping[str, Any]) -> dict[str, str]:
 
 
 def _of_checkpoint(path: Path, told: Mapping[str, str], cache: Path, model: ModelIdentity | None) -> Path:
+    from kvist.cartridge.formats.importing import file_sha256, import_checkpoint
+    from kvist.cartridge.formats.reading import checkpoint_file
+    from kvist.cartridge.formats.sidecar import find_sidecar
+
     file = checkpoint_file(path)
     sidecar = Path(told["manifest_path"]) if "manifest_path" in told else find_sidecar(file)
-    beside = [file.with_name(name) for name in _BESIDE]
+
+    def digest_of_others() -> dict[str, Any]:
+        beside = [one for name in _BESIDE if (one := file.with_name(name)).is_file()]
+        return {
+            "manifest": file_sha256(sidecar) if sidecar is not None else None,
+            "beside": {one.name: file_sha256(one) for one in beside},
+        }
+
+    digest, others = file_sha256(file), digest_of_others()
     recipe = {
-        "checkpoint": _digest(file),
-        "manifest": _digest(sidecar) if sidecar is not None else None,
-        "beside": {one.name: _digest(one) for one in beside if one.is_file()},
+        "checkpoint": digest,
+        **others,
         "name": told.get("cartridge_id") or _id_of(file),
         "model": dataclasses.asdict(model) if model is not None else None,
     }
@@ -110,6 +127,9 @@ def _of_checkpoint(path: Path, told: Mapping[str, str], cache: Path, model: Mode
     def make(directory: Path) -> None:
         name = told.get("cartridge_id")
         imported = import_checkpoint(file, model, cartridge_id=name, default_id=_id_of(file), manifest_path=sidecar)
+        if imported.manifest.provenance["from"]["sha256"] != digest or digest_of_others() != others:
+            # it would be found for ever under the name of what it is not
+            raise InvalidCartridge(f"{file} has changed while it was converted", hint="try again when it is written")
         imported.save_pretrained(directory)
         log.info("converted %s into %s", file, directory)
 
@@ -122,15 +142,6 @@ def _of_checkpoint(path: Path, told: Mapping[str, str], cache: Path, model: Mode
             model.model_id,
         )
     return directory
-
-
-def _digest(path: Path) -> str:
-    try:
-        return file_sha256(path)
-    except FileNotFoundError:
-        raise NotFound(f"no such file: {path}") from None
-    except OSError as error:
-        raise InvalidCartridge(f"cannot read {path}: {error.strerror}") from None
 
 
 def _id_of(file: Path) -> str:
@@ -181,7 +192,7 @@ def _made(cache: Path, recipe: Mapping[str, Any], make: Callable[[Path], None]) 
     directory = cache / digest[:32]
     if _is_whole(directory):
         return directory
-    with _locked(cache, cache / f"{digest[:32]}.lock"):
+    with _locked(cache, f"{digest[:32]}.lock"):
         if _is_whole(directory):
             return directory
         if directory.exists():
@@ -201,13 +212,10 @@ def _is_whole(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(cache: Path, path: Path) -> Iterator[None]:
+def _locked(cache: Path, name: str) -> Iterator[None]:
     """One process and thread at a time; a lock of a process that was killed is free."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        file = path.open("wb")
-    except OSError as error:
-        raise StoreError(f"cannot use the cache {cache}: {error.strerror}") from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        with translated("use the cache", cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive(cache / name))
         yield

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kvist.cli.cartridge_options import with_labels
 from kvist.cli.invocation import Invocation, common
 from kvist.cli.output import Line, Styled, Table
 
@@ -45,7 +46,6 @@ def show(run: Invocation, cartridge: str, revision: str | None) -> None:
 
 
 def _describe(manifest: CartridgeManifest, directory: Path) -> Iterator[Line | Table]:
-    kind = f"trained in {manifest.training_steps:,} steps" if manifest.training_steps else "as a prefill computes it"
     frozen = f", the first {manifest.num_frozen_tokens:,} frozen" if manifest.num_frozen_tokens else ""
     rope = ", ".join(f"{name} {value}" for name, value in manifest.rope.items())
     facts = [
@@ -53,7 +53,7 @@ def _describe(manifest: CartridgeManifest, directory: Path) -> Iterator[Line | T
         ("identity", manifest.identity),
         ("directory", str(directory)),
         ("tokens", f"{manifest.num_tokens_raw:,}{frozen}, from position {manifest.first_position:,}"),
-        ("made", f"{manifest.created_at}, {kind}"),
+        ("made", f"{manifest.created_at}, {manifest.origin}"),
         ("model", manifest.model_id),
         ("revision", manifest.model_revision or "unknown"),
         ("layers", f"{manifest.num_layers} x {manifest.num_kv_heads} KV heads x {manifest.head_dim}, {manifest.dtype}"),
@@ -129,16 +129,6 @@ def commit(run: Invocation, cartridge: str, name: str | None, page_size: int, re
     run.out.result(document | {"identity": opened.identity}, ids=[snapshot.cid], text=[line])
 
 
-def _labels(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    labels = {}
-    for value in values:
-        key, sign, label = value.partition("=")
-        if not (key and sign):
-            raise click.BadParameter(f"expected KEY=VALUE, got {value!r}", context, param)
-        labels[key] = label
-    return labels
-
-
 @click.command()
 @click.argument("rev")
 @click.option(
@@ -147,7 +137,7 @@ def _labels(context: click.Context, param: click.Parameter, values: tuple[str, .
 @click.option("--sequence", metavar="NAME", help="Which one, of a snapshot with several.")
 @click.option("--tokens", type=click.IntRange(1), help="Only so many of its first tokens.")
 @click.option("--id", "cartridge_id", metavar="ID", help="What to call it.  [default: what it is called there]")
-@click.option("--label", "labels", multiple=True, callback=_labels, metavar="KEY=VALUE", help="May be repeated.")
+@with_labels("May be repeated.")
 @_model("Whose cache it is: says how positions are encoded, and with which tokenizer.")
 @common
 def export(

@@ -1,4 +1,4 @@
-"""Options of the commands that make and judge cartridges with a model: one list for build, train and eval."""
+"""Options that several commands of `kvist cartridge` have."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ def with_result(command: _F) -> _F:
     """Options ``output``, ``cartridge_id``, ``labels`` and ``license_``, for `Cartridge.create`."""
     option = click.option
     command = option("--license", "license_", default="", metavar="SPDX", help="Of the document.")(command)
-    command = option(
-        "--label", "labels", multiple=True, metavar="KEY=VALUE", callback=_split, help="By which routers find it."
-    )(command)
+    command = with_labels("By which routers find it.")(command)
     command = option("--id", "cartridge_id", metavar="ID", help="Its name.  [default: the output's]")(command)
     path = click.Path(path_type=Path, file_okay=False)
     return option("-o", "--output", type=path, required=True, metavar="DIR", help="The cartridge's directory.")(command)
+
+
+def with_labels(what: str) -> Callable[[_F], _F]:
+    """Option ``labels``, of which ``what`` says what they are for; a mapping."""
+    return click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", callback=_split, help=what)
 
 
 def read_text(path: Path) -> str:

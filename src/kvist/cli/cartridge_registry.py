@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kvist.cli.cartridge_options import with_labels
 from kvist.cli.invocation import Invocation, common
 from kvist.cli.output import Table
 from kvist.cli.text import printable
@@ -31,27 +32,14 @@ def _registry(command: _F) -> _F:
     )(command)
 
 
-def _label(what: str) -> Callable[[_F], _F]:
-    return click.option("--label", "labels", metavar="KEY=VALUE", multiple=True, callback=_parse_labels, help=what)
-
-
-def _parse_labels(context: click.Context, param: click.Parameter, value: Iterable[str]) -> dict[str, str]:
-    labels = {}
-    for one in value:
-        key, equals, text = one.partition("=")
-        if not equals:
-            raise click.BadParameter(f"expected KEY=VALUE, got {one!r}", context, param)
-        labels[key] = text
-    return labels
-
-
 @click.command()
 @click.argument("cartridge", required=False)
 @click.option("--revision", metavar="REV", help="Commit, branch or tag, of a repository on the hub.")
 @click.option("--rev", metavar="REV", help="Instead of CARTRIDGE: a snapshot of the repository, as `commit` makes it.")
 @click.option("--id", "cartridge_id", metavar="ID", help="By which requests name it; else as the manifest does.")
-@_label("Give it a label, beside those of its manifest; may be repeated.")
+@with_labels("Give it a label, beside those of its manifest; may be repeated.")
 @click.option("--replace", is_flag=True, help="Even if other content is registered by that id.")
+@click.option("--no-verify", is_flag=True, help="Check headers only; of files that nobody else can write.")
 @_registry
 @common
 def add(
@@ -62,12 +50,13 @@ def add(
     cartridge_id: str | None,
     labels: dict[str, str],
     replace: bool,
+    no_verify: bool,
     registry: str | None,
 ) -> None:
     """Register CARTRIDGE, a directory or a repository on the hub; running servers take it up.
 
-    Its files stay where they are. Their headers are checked, and each byte when it is first used: to check these now,
-    `kvist cartridge verify`. What is registered already gets the new location and labels.
+    Its files stay where they are. Each byte is checked: a cartridge that holds something else than its manifest says
+    could pass for another. What is registered already gets the new location and labels.
     """
     from kvist.cartridge.cartridge import Cartridge
 
@@ -76,7 +65,7 @@ def add(
     if revision is not None and rev is not None:
         raise click.UsageError("--revision goes with a repository on the hub, not with --rev")
     location, directory = _of_repository(run, rev) if rev is not None else _of_files(cartridge or "", revision)
-    with Cartridge.from_pretrained(directory, verify=False) as opened:
+    with Cartridge.from_pretrained(directory, verify=not no_verify) as opened:
         manifest = opened.manifest
     named = dataclasses.replace(
         manifest,
@@ -104,11 +93,13 @@ def _require_same_content(database: Registry, manifest: CartridgeManifest, repla
 def _of_files(cartridge: str, revision: str | None) -> tuple[str, Path]:
     from kvist.cartridge.hub import resolve
 
+    is_here = Path(cartridge).is_dir()
+    if is_here and revision is not None:
+        raise click.UsageError(f"--revision goes with a repository on the hub, and {cartridge} is a directory")
     directory = resolve(cartridge, revision=revision)
-    if Path(cartridge).is_dir():
+    if is_here:
         return str(directory.absolute()), directory
-    source = {"hub": cartridge} | ({} if revision is None else {"revision": revision})
-    return json.dumps(source), directory
+    return json.dumps({"hub": cartridge, "revision": directory.name}), directory  # the commit: a branch may move
 
 
 def _of_repository(run: Invocation, rev: str) -> tuple[str, Path]:
@@ -145,19 +136,21 @@ def remove(run: Invocation, ids: tuple[str, ...], registry: str | None) -> None:
 
 
 @click.command("list")
-@_label("Only those that carry it; of several, all.")
+@with_labels("Only those that carry it; of several, all.")
 @click.option("--model", metavar="ID", help="Only those made for the model of this id.")
 @_registry
 @common
 def list_(run: Invocation, labels: dict[str, str], model: str | None, registry: str | None) -> None:
     """List what is registered, in the order of registration: of those with a label, a router takes the first."""
     with _open(registry) as database:
-        found = [
-            one
-            for one in database.list_all()
-            if labels.items() <= one.manifest.labels.items() and model in (None, one.manifest.model_id)
-        ]
         where = database.name
+        readable = database.list_all()
+        unreadable = sorted(set(database.ids()) - {one.cartridge_id for one in readable})
+    found = [
+        one
+        for one in readable
+        if labels.items() <= one.manifest.labels.items() and model in (None, one.manifest.model_id)
+    ]
     rows = [
         (
             printable(one.cartridge_id),
@@ -170,7 +163,7 @@ def list_(run: Invocation, labels: dict[str, str], model: str | None, registry: 
         for one in found
     ]
     run.out.result(
-        {"registry": where, "cartridges": [_to_json(one) for one in found]},
+        {"registry": where, "cartridges": [_to_json(one) for one in found], "unreadable": unreadable},
         ids=(one.cartridge_id for one in found),
         text=[Table(("cartridge", "model", "tokens", "bytes", "labels", "location"), rows)] if rows else [],
     )

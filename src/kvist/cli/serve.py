@@ -7,13 +7,14 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from kvist.cli.invocation import Invocation, common
 
 if TYPE_CHECKING:
+    from kvist.cartridge.config import CartridgeConfig
     from kvist.engines.hf import Engine
     from kvist.server.offer import Offer
 
@@ -26,8 +27,8 @@ def _named(text: str) -> dict[str, str]:
     return {"cartridge_id": cartridge_id, "path": path}
 
 
-def _extra(cartridges: list[dict[str, str]], registry: str | None, config: str | None) -> dict[str, Any]:
-    """The options as one configuration; empty where none is given."""
+def _configured(cartridges: list[dict[str, str]], registry: str | None, config: str | None) -> CartridgeConfig | None:
+    """The options as one configuration; ``None`` where none is given."""
     try:
         extra = json.loads(config or "{}")
     except ValueError as error:
@@ -38,19 +39,23 @@ def _extra(cartridges: list[dict[str, str]], registry: str | None, config: str |
     for name, value in given.items():
         if value and name in extra:
             raise click.BadParameter(f"has {name}, which an option gives too", param_hint="--cartridge-config")
-    return extra | {name: value for name, value in given.items() if value}
+    extra |= {name: value for name, value in given.items() if value}
+    if not extra:
+        return None
+    from kvist.cartridge.config import CartridgeConfig
+
+    return CartridgeConfig.from_extra(extra)
 
 
 @contextlib.contextmanager
-def _offering(engine: Engine, extra: dict[str, Any]) -> Iterator[Offer | None]:
-    """The cartridges that a configuration names, open; ``None`` where it names none."""
-    if not extra:
+def _offering(engine: Engine, config: CartridgeConfig | None) -> Iterator[Offer | None]:
+    """The cartridges that a configuration names, open; ``None`` without one."""
+    if config is None:
         yield None
         return
-    from kvist.cartridge.config import CartridgeConfig
     from kvist.server.offer import open_offer
 
-    offer = open_offer(engine, CartridgeConfig.from_extra(extra))
+    offer = open_offer(engine, config)
     try:
         yield offer
     finally:
@@ -124,6 +129,7 @@ def serve(
     from kvist.server import Tokenizer, bind, create_app, url_of
     from kvist.server import serve as serve_app
 
+    offered = _configured(cartridges, registry, cartridge_config)  # before the model, which takes minutes to load
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with Repository.open(run.store_url, create=True) as repo, bind(host, port) as listener:
         from kvist.engines.hf import Engine, HfPager, SamplingParams
@@ -139,8 +145,7 @@ def serve(
             max_model_len=max_model_len,
         )
         tokenizer = Tokenizer.load(model)
-        extra = _extra(cartridges, registry, cartridge_config)
-        with engine, _offering(engine, extra) as offer:
+        with engine, _offering(engine, offered) as offer:
             app = create_app(
                 engine,
                 repo,

@@ -38,6 +38,7 @@ class Answer:
     echo: Sequence[str] = ()
     transfer: Mapping[str, Any] = field(default_factory=dict)
     _opened: set[int] = field(default_factory=set)
+    _has_told: bool = False
 
     whole: ClassVar[str]
     part: ClassVar[str]
@@ -52,8 +53,8 @@ class Answer:
 
     def _told(self) -> dict[str, Any]:
         """What is told of the cartridge, the first time."""
-        told, self.transfer = self.transfer, {}
-        return {"kv_transfer_params": told} if told else {}
+        is_new, self._has_told = not self._has_told, True
+        return {"kv_transfer_params": self.transfer} if self.transfer and is_new else {}
 
     def is_worth_sending(self, piece: Piece) -> bool:
         """Whether a chunk for ``piece`` would say anything."""

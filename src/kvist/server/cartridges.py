@@ -7,28 +7,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
-from anyio import to_thread
-from msgspec import Struct
+from anyio import CapacityLimiter, to_thread
+from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kvist.cartridge.library import Entry, Library, Source, open_source
-from kvist.cartridge.registry import Registry
-from kvist.errors import AlreadyExists, Conflict, KvistError, NotFound, UnknownCartridge
+from kvist.cartridge.library import Library, Source, open_source
+from kvist.cartridge.manifest import CartridgeManifest
+from kvist.errors import AlreadyExists, Conflict, NotFound, UnknownCartridge
 from kvist.ids import check_name
+from kvist.repo import Repository
 from kvist.server.errors import BadRequest
 from kvist.server.schema import BODY_MAX, read_body
 from kvist.server.wire import guarded, json_response
 
+if TYPE_CHECKING:
+    from kvist.cartridge.registry import Registry  # a database's client, which few need
+
 PATH: Final = "/v1/kvist/cartridges"
 
+Admit = Callable[[Library, CartridgeManifest, Path], None]
+"""Raises if a server cannot use the cartridge of this manifest in this directory."""
+
 _T = TypeVar("_T")
+_THREADS: Final = 8
 _BESIDE: Final = {"path": "manifest_path", "store": "rev", "hub": "revision"}
 """Where a cartridge comes from, and what else may be said of it."""
 
@@ -52,31 +60,38 @@ class CartridgeBody(Struct, forbid_unknown_fields=True):
     rev: str | None = None
     hub: str | None = None
     revision: str | None = None
-    labels: dict[str, str] = {}
+    labels: Annotated[dict[str, str], Meta(max_length=64)] = {}
     replace: bool = False
 
 
-def cartridge_routes(library: Callable[[], Library], *, prefix: str = PATH, body_max: int = BODY_MAX) -> list[Route]:
+def cartridge_routes(
+    library: Callable[[], Library], *, prefix: str = PATH, body_max: int = BODY_MAX, admit: Admit | None = None
+) -> list[Route]:
     """The routes, below ``prefix``.
 
     Args:
         library: gives the server's; may raise what then is the answer.
         prefix: of their paths.
         body_max: bytes of a body.
+        admit: asked before a cartridge is registered.
     """
+    # Their own threads: what is registered may have to be fetched or converted, and nobody else must wait for that.
+    registering, looking = CapacityLimiter(_THREADS), CapacityLimiter(_THREADS)
 
     async def listed(request: Request) -> Response:
-        return json_response(await _in_thread(partial(_list, library())))
+        return json_response(await _in_thread(partial(_list, library()), looking))
 
     async def shown(request: Request) -> Response:
-        return json_response(await _in_thread(partial(_show, library(), request.path_params["cartridge_id"])))
+        return json_response(await _in_thread(partial(_show, library(), request.path_params["cartridge_id"]), looking))
 
     async def added(request: Request) -> Response:
         body = await read_body(request, CartridgeBody, body_max)
-        return json_response(await _in_thread(partial(_add, library(), body)))
+        return json_response(await _in_thread(partial(_add, library(), body, admit), registering))
 
     async def removed(request: Request) -> Response:
-        return json_response(await _in_thread(partial(_remove, library(), request.path_params["cartridge_id"])))
+        return json_response(
+            await _in_thread(partial(_remove, library(), request.path_params["cartridge_id"]), looking)
+        )
 
     one = prefix + "/{cartridge_id:path}"
     return [
@@ -87,8 +102,8 @@ def cartridge_routes(library: Callable[[], Library], *, prefix: str = PATH, body
     ]
 
 
-async def _in_thread(work: Callable[[], _T]) -> _T:
-    return await to_thread.run_sync(work)
+async def _in_thread(work: Callable[[], _T], limiter: CapacityLimiter) -> _T:
+    return await to_thread.run_sync(work, limiter=limiter)
 
 
 # -- in threads ----------------------------------------------------------------------------------------------------
@@ -97,41 +112,50 @@ async def _in_thread(work: Callable[[], _T]) -> _T:
 def _list(library: Library) -> dict[str, Any]:
     library.refresh()
     records: list[dict[str, Any]] = []
-    for cartridge_id in library.ids():
-        try:
-            records.append(_record(library, library.get(cartridge_id)))
-        except UnknownCartridge:  # removed meanwhile
-            continue
-        except KvistError as error:  # one whose files are gone must not hide all others
-            records.append({"id": cartridge_id, "error": {"code": error.kind, "message": str(error)}})
+    for cartridge_id, manifest, error in library.known():  # nothing is opened for a list
+        record = _record(library, cartridge_id, manifest)
+        if error is not None:
+            record["error"] = {"code": error.kind, "message": str(error)}
+        records.append(record)
     return {"cartridges": records, "default": library.default_id, "has_registry": library.registry is not None}
 
 
 def _show(library: Library, cartridge_id: str) -> dict[str, Any]:
     library.refresh()
     entry = library.get(cartridge_id)
-    return _record(library, entry) | {"manifest": entry.manifest.to_dict()}
+    return _record(library, cartridge_id, entry.manifest) | {"manifest": entry.manifest.to_dict()}
 
 
-def _add(library: Library, body: CartridgeBody) -> dict[str, Any]:
+def _add(library: Library, body: CartridgeBody, admit: Admit | None = None) -> dict[str, Any]:
     registry = _registry(library)
     source = _source(body)
+    if isinstance(source, Mapping) and "store" in source:
+        with Repository.open(source["store"]) as repo:
+            source = {**source, "rev": repo.resolve(source["rev"])}  # a branch may move
     directory, manifest = open_source(source, cache_dir=library.cache_dir, model=library.model)
+    if isinstance(source, Mapping) and "hub" in source and not Path(source["hub"]).is_dir():
+        source = {**source, "revision": directory.name}  # the commit, for the same reason
     if library.model is not None:
         manifest.require(library.model)
     cartridge_id = check_name(body.cartridge_id or manifest.cartridge_id)
     _check_not_configured(library, cartridge_id)
-    known = registry.lookup(cartridge_id)
-    if known is not None and known.manifest.identity != manifest.identity and not body.replace:
-        raise AlreadyExists(
-            f"cartridge {cartridge_id!r} is registered with the content {known.manifest.identity}, got "
-            f"{manifest.identity}",
-            hint='to replace it: "replace": true',
-        )
+    if admit is not None:
+        admit(library, manifest, directory)
     named = dataclasses.replace(manifest, cartridge_id=cartridge_id, labels={**manifest.labels, **body.labels})
-    registry.register(named, str(directory) if isinstance(source, str) else json.dumps(source), replace=True)
+    location = str(directory) if isinstance(source, str) else json.dumps(source)
+    try:
+        registry.register(named, location, replace=body.replace)
+    except AlreadyExists:
+        known = registry.lookup(cartridge_id)
+        if known is not None and known.manifest.identity != manifest.identity:
+            raise AlreadyExists(
+                f"cartridge {cartridge_id!r} is registered with the content {known.manifest.identity}, got "
+                f"{manifest.identity}",
+                hint='to replace it: "replace": true',
+            ) from None
+        registry.register(named, location)  # the same content: what is said of it is new
     library.refresh()
-    return _record(library, library.get(cartridge_id))
+    return _record(library, cartridge_id, library.get(cartridge_id).manifest)
 
 
 def _remove(library: Library, cartridge_id: str) -> dict[str, Any]:
@@ -178,10 +202,9 @@ def _source(body: CartridgeBody) -> Source:
     return {**kinds, **({_BESIDE[kind]: extra} if extra is not None else {})}
 
 
-def _record(library: Library, entry: Entry) -> dict[str, Any]:
-    manifest = entry.manifest
+def _record(library: Library, cartridge_id: str, manifest: CartridgeManifest) -> dict[str, Any]:
     return {
-        "id": entry.cartridge_id,
+        "id": cartridge_id,
         "identity": manifest.identity,
         "tokens": manifest.num_tokens_raw,
         "bytes": sum(file.size for file in manifest.files),
@@ -190,5 +213,5 @@ def _record(library: Library, entry: Entry) -> dict[str, Any]:
         "training_steps": manifest.training_steps,
         "has_token_ids": manifest.has_token_ids,
         "labels": dict(manifest.labels),
-        "default": entry.cartridge_id == library.default_id,
+        "default": cartridge_id == library.default_id,
     }

@@ -12,6 +12,8 @@ from starlette.responses import Response
 
 from kvist.errors import (
     AlreadyExists,
+    CartridgeNotReady,
+    CartridgeTooLarge,
     Conflict,
     EngineError,
     IntegrityError,
@@ -88,6 +90,12 @@ def status_of(error: KvistError) -> int:
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
+def is_passing(error: KvistError) -> bool:
+    """Whether the same request may succeed in a moment."""
+    passes = isinstance(error, PoolExhausted | ResidencyFull | CartridgeNotReady)
+    return passes and not isinstance(error, CartridgeTooLarge)
+
+
 def envelope(error: Exception) -> dict[str, Any]:
     """``error`` in OpenAI's form. A bug of ours keeps its details to the log."""
     if isinstance(error, KvistError):
@@ -104,7 +112,7 @@ def error_response(error: Exception, form: Envelope = envelope) -> Response:
     headers: dict[str, str]
     if isinstance(error, KvistError):
         status = status_of(error)
-        headers = {"Retry-After": _RETRY_AFTER_S} if isinstance(error, PoolExhausted | ResidencyFull) else {}
+        headers = {"Retry-After": _RETRY_AFTER_S} if is_passing(error) else {}
         if status >= 500:
             log.warning("%s: %s", error.kind, error)
     elif isinstance(error, HTTPException):

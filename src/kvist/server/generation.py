@@ -37,6 +37,7 @@ class Start:
         extra: how many of ``token_ids`` the resumed sequence does not have.
         override: sampling parameters that the resumed sequence does not keep.
         cartridge: what a new one begins with.
+        skipped: first ones of ``token_ids`` that a new one leaves out, because a cartridge stands before them.
     """
 
     token_ids: Sequence[int]
@@ -45,6 +46,7 @@ class Start:
     extra: int = 0
     override: Mapping[str, Any] = field(default_factory=dict)
     cartridge: Prefix | None = None
+    skipped: int = 0
 
 
 class Step(Protocol):
@@ -121,9 +123,9 @@ class Choice:
     def submit(self, engine: Engine) -> None:
         """Queue it; raises what `Engine.submit` raises."""
         start = self.start
-        ids = start.token_ids[len(start.token_ids) - start.extra :] if start.resume else start.token_ids
+        first = len(start.token_ids) - start.extra if start.resume else start.skipped
         self.request = engine.submit(
-            ids,
+            start.token_ids[first:],
             start.params,
             sequence_id=self.sequence_id,
             resume=start.resume,
@@ -234,8 +236,9 @@ class Generation:
     def usage(self, prompts: int) -> dict[str, Any]:
         """OpenAI's token counts; each of the ``prompts`` prompts counts once, however many choices it has."""
         step = len(self.choices) // prompts
-        firsts = [choice.request for choice in self.choices[::step] if choice.request is not None]
-        prompt_tokens = sum(request.prompt_tokens for request in firsts)
+        prompted = [choice for choice in self.choices[::step] if choice.request is not None]
+        firsts = [choice.request for choice in prompted if choice.request is not None]
+        prompt_tokens = sum(request.prompt_tokens for request in firsts) + sum(one.start.skipped for one in prompted)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self.completion_tokens,

@@ -7,9 +7,9 @@ import time
 import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
-from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,6 +18,7 @@ from kvist.ids import short
 from kvist.server.answers import Answer, ChatAnswer, CompletionAnswer
 from kvist.server.delivery import deliver, require_consistent
 from kvist.server.generation import Generation, sequence_ids
+from kvist.server.lanes import Lanes
 from kvist.server.plan import Plan, Served, make_plan
 from kvist.server.schema import ChatBody, CompletionBody, read_body
 from kvist.server.wire import json_response
@@ -69,7 +70,7 @@ class OpenAI:
     def __init__(self, served: Served, requests: Requests) -> None:
         self._served, self._requests = served, requests
         self._created = int(time.time())
-        self._limiter = CapacityLimiter(16)
+        self._lanes = Lanes()
         self._fingerprint = short(served.engine.layout.fingerprint)
 
     async def models(self, _: Request) -> Response:
@@ -112,13 +113,14 @@ class OpenAI:
         for attempt in range(_RESUMES):
             # New names each time: copies that were cancelled may still hold theirs.
             request_id = prefix + uuid.uuid4().hex
-            plan = await to_thread.run_sync(make_plan, served, body, limiter=self._limiter)
+            plan = await self._lanes.run(partial(make_plan, served, body), served.offer.lane(body.kv_transfer_params))
             if plan.session is not None:
                 served.sessions.set_head(sequence_ids(request_id, len(plan.starts)), plan.session.cid)
             generation = Generation(request_id, plan.starts, served.decode, body.stops)
             self._requests.remember([request_id, *filter(None, [client_id])], generation)
             try:
-                await to_thread.run_sync(generation.submit, served.engine, limiter=self._limiter)
+                lane = None if plan.cartridge is None else plan.cartridge.identity
+                await self._lanes.run(partial(generation.submit, served.engine), lane)
             except NotFound:
                 if plan.session is None or attempt == _RESUMES - 1:
                     raise

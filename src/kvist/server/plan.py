@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from kvist.cartridge.placing import Prefix
+from kvist.cartridge.placing import Prefix, skips
 from kvist.errors import NotFound
 from kvist.server.errors import BadRequest
 from kvist.server.generation import SEEDS, Start, derived_seed, fresh_seed
 from kvist.server.offer import Offer
-from kvist.server.prompts import prompt_field, prompts_of
+from kvist.server.prompts import is_text, prompt_field, prompts_of
 from kvist.server.schema import ChatBody, CompletionBody, GenerationBody, Transfer
 from kvist.server.sessions import Session, Sessions
 from kvist.server.tokenizer import Tokenizer
@@ -52,6 +52,12 @@ class Served:
     tokenizer: Tokenizer | None
     body_max: int
 
+    def skips(self, body: CompletionBody | ChatBody, ids: Sequence[int], cartridge: Prefix | None) -> int:
+        """How many first ids of a prompt are left out: see `kvist.cartridge.placing.skips`."""
+        if cartridge is None or not cartridge.placed or self.tokenizer is None or not is_text(body):
+            return 0
+        return skips(ids, self.tokenizer.special_id("bos_token"))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, without special tokens; none without a tokenizer."""
         return self.tokenizer.decode(ids) if self.tokenizer is not None else ""
@@ -65,7 +71,7 @@ class Plan:
         starts: by choice; the choices of one prompt lie together.
         prompts: how many prompts.
         session: the snapshot's sequence that they continue, if they do.
-        cartridge: what they begin with; of several prompts the first one.
+        cartridge: what they begin with; of several prompts the first one, and where it stands there.
     """
 
     starts: list[Start]
@@ -115,27 +121,29 @@ def _session(served: Served, transfer: Transfer | None) -> Session | None:
                 f"{param}: expected the snapshot that sequence {transfer.sequence!r:.200} is of", param=param
             )
         return None
-    for name in ("cartridge_id", "cartridge_label", "cartridge_prefix"):
-        if getattr(transfer, name) is not None:
-            param = f"kv_transfer_params.{name}"
-            raise BadRequest(f"{param}: a snapshot's sequence keeps the cartridge that it has", param=param)
+    for name in (*transfer.chosen(), *(["cartridge_prefix"] if transfer.cartridge_prefix is not None else [])):
+        param = f"kv_transfer_params.{name}"[:200]
+        raise BadRequest(f"{param}: a snapshot's sequence keeps the cartridge that it has", param=param)
     return served.sessions.session(transfer.snapshot, transfer.sequence)
 
 
 def _start(
     served: Served,
-    body: GenerationBody,
+    body: CompletionBody | ChatBody,
     ids: list[int],
     session: Session | None,
     cartridge: Prefix | None,
     number: int,
 ) -> Start:
     placed = cartridge.own if cartridge is not None else 0
+    skipped = served.skips(body, ids, cartridge)
     if session is None:
-        params = _params(served, body, len(ids), placed, temperature=1.0)
+        params = _params(served, body, len(ids) - skipped, placed, temperature=1.0)
         seed = fresh_seed() if body.seed is None else (body.seed + number) % SEEDS
-        return Start(ids, replace(params, seed=seed), cartridge=cartridge)
+        return Start(ids, replace(params, seed=seed), cartridge=cartridge, skipped=skipped)
     known = session.sequence.token_ids[placed:]
+    if ids[:skipped] != list(known[:skipped]):
+        ids = ids[skipped:]
     whole = _continued(known, ids, session, prompt_field(body))
     carried = _sampling(session)
     wanted = _given(body)

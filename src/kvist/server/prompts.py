@@ -21,6 +21,12 @@ def prompt_field(body: GenerationBody) -> str:
     return "messages" if isinstance(body, ChatBody) else "prompt"
 
 
+def is_text(body: GenerationBody) -> bool:
+    """Whether the prompts are texts, to which the tokenizer or the chat template put a beginning."""
+    prompt = body.prompt if isinstance(body, CompletionBody) else None
+    return isinstance(body, ChatBody) or isinstance(prompt[0] if isinstance(prompt, list) and prompt else prompt, str)
+
+
 def _of_chat(tokenizer: Tokenizer | None, body: ChatBody) -> list[list[int]]:
     if body.messages is None:
         return [[]]

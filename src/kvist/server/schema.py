@@ -90,6 +90,7 @@ class Transfer(Struct, forbid_unknown_fields=True):
         cartridge_id: of the cartridge to use; a number is taken for its digits.
         cartridge_label: of the cartridge to use, where the server's router goes by a label.
         cartridge_prefix: see `kvist.cartridge.placing.PrefixMode`.
+        others: what else it says, by field: what the server's router may go by.
     """
 
     snapshot: str | None = None
@@ -97,6 +98,12 @@ class Transfer(Struct, forbid_unknown_fields=True):
     cartridge_id: str | int | None = None
     cartridge_label: str | int | None = None
     cartridge_prefix: str | None = None
+    others: dict[str, str | int] = {}
+
+    def chosen(self) -> dict[str, str | int]:
+        """By what it chooses a cartridge: each field that a router may read, and that says something."""
+        own = {"cartridge_id": self.cartridge_id, "cartridge_label": self.cartridge_label}
+        return {name: value for name, value in (own | self.others).items() if value is not None}
 
 
 class Extensions(Struct, forbid_unknown_fields=True):
@@ -247,6 +254,8 @@ def decode(data: bytes, body: type[_Body]) -> _Body:
     document = parse_object(data)
     if issubclass(body, GenerationBody):
         document = _without_neutral(document, body.__struct_fields__)
+        if isinstance(transfer := document.get("kv_transfer_params"), dict):
+            document["kv_transfer_params"] = _with_others(transfer)
     if body is ChatBody and isinstance(document.get("messages"), list):
         document["messages"] = [_plain_message(place, entry) for place, entry in enumerate(document["messages"])]
     return convert(document, body)
@@ -294,6 +303,18 @@ def _without_neutral(document: dict[str, Any], known: tuple[str, ...]) -> dict[s
                 param=name,
             )
     return kept
+
+
+def _with_others(transfer: dict[str, Any]) -> dict[str, Any]:
+    """Put aside the fields that only a router may know. One with a value that no router reads stays, and is refused."""
+    known = set(Transfer.__struct_fields__) - {"others"}
+    aside = {name: value for name, value in transfer.items() if name not in known and type(value) in (str, int)}
+    kept = {name: value for name, value in transfer.items() if name not in aside}
+    if "others" in kept:
+        raise BadRequest(
+            "kv_transfer_params.others: expected text or a whole number", param="kv_transfer_params.others"
+        )
+    return kept | {"others": aside}
 
 
 def _plain_message(place: int, message: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from kvist.cartridge.cartridge import Cartridge
 from kvist.cartridge.model import ModelIdentity
 from kvist.engines.vllm.cartridges import packing
-from kvist.engines.vllm.cartridges.packing import Packer
+from kvist.engines.vllm.cartridges.packing import Packed, Packer
 from kvist.engines.vllm.matching import blocks_of, window_of
 from kvist.engines.vllm.pages import Done, GroupPages
 from kvist.errors import InvalidInput, LayoutMismatch
@@ -93,8 +94,23 @@ def cartridge(tokens: int, *, layers: int = 3, heads: int = 2, dim: int = 8, dty
     return Cartridge.create(made, model, cartridge_id="c")  # type: ignore[arg-type]
 
 
+def pack(here: Engine, made: Cartridge) -> Packed:
+    """From buffers that are used again for the next layer, as a reader of files hands them out."""
+    keys, values = (torch.empty_like(half) for half in made.layer(0))
+
+    def layers() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        for number in range(made.num_layers):
+            keys.copy_(made.layer(number)[0])
+            values.copy_(made.layer(number)[1])
+            yield number, keys, values
+            keys.fill_(float("nan"))
+            values.fill_(float("nan"))
+
+    return here.packer.pack(made.manifest, layers())
+
+
 def inject(here: Engine, made: Cartridge, tokens: int, tables: list[list[int]]) -> None:
-    packed = here.packer.pack(made)
+    packed = pack(here, made)
     windows = [window_of(layout) for layout in here.layouts]
     for group, pages in enumerate(here.pages):
         numbers = [number for one, number in blocks_of(tokens, 0, windows, SIZE) if one == group]
@@ -150,7 +166,7 @@ def test_a_cache_seen_through_strides() -> None:
 def test_layers_in_groups_with_windows_keep_only_what_can_be_seen() -> None:
     here = engine([[2], [0, 1]], windows=(None, 5))
     made = cartridge(18)
-    packed = here.packer.pack(made)
+    packed = pack(here, made)
     assert packed.first == (0, 3)  # the 17th token looks back to the 13th
     assert [len(rows) for rows in packed.rows] == [5, 2]
     inject(here, made, 18, [[1, 2, 3, 4, 5], [0, 0, 0, 11, 12]])
@@ -173,12 +189,12 @@ def test_layers_in_groups_with_windows_keep_only_what_can_be_seen() -> None:
 )
 def test_what_does_not_fit_is_refused_with_both_values(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(LayoutMismatch, match=said):
-        engine([[0, 1, 2]]).packer.pack(cartridge(5, **wrong))
+        pack(engine([[0, 1, 2]]), cartridge(5, **wrong))
 
 
 def test_heads_that_cannot_be_dealt_out() -> None:
     with pytest.raises(InvalidInput, match="4 KV heads cannot be dealt out evenly to 3"):
-        engine([[0, 1, 2]], ranks=3).packer.pack(cartridge(5, heads=4))
+        pack(engine([[0, 1, 2]], ranks=3), cartridge(5, heads=4))
 
 
 def test_a_layer_without_a_cache_of_its_own() -> None:

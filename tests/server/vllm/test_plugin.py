@@ -36,6 +36,13 @@ ROUTES = [
     ("GET", f"{PATH}/lineage", None),
     ("POST", "/v1/completions", {"kv_transfer_params": {"snapshot": "demo"}}),
 ]
+OF_CARTRIDGES: list[tuple[str, str, Any]] = [
+    ("GET", "/v1/kvist/cartridges", None),
+    ("POST", "/v1/kvist/cartridges", {"path": "/somewhere"}),
+    ("GET", "/v1/kvist/cartridges/x", None),
+    ("DELETE", "/v1/kvist/cartridges/x", None),
+    ("GET", "/v1/kvist/stats", None),
+]
 
 
 def ask(live: Live, method: str, path: str, body: Any, **headers: str) -> Any:
@@ -157,7 +164,7 @@ def test_bugs_stay_in_the_log(serve: Callable[..., Live], monkeypatch: pytest.Mo
 def test_inside_vllms_authentication(serve: Callable[..., Live]) -> None:
     live = serve(app=make_app(key="s3cret"))
     live.engine.add("cmpl-a-0", IDS)
-    for route in ROUTES:
+    for route in (*ROUTES, *OF_CARTRIDGES):
         assert ask(live, *route).status_code == 401
         assert ask(live, *route, authorization="Bearer wrong").status_code == 401
     assert live.engine.calls == {}
@@ -193,7 +200,7 @@ def test_the_middleware_alone(older: Callable[..., Live]) -> None:
 @pytest.mark.parametrize("key", ["s3cret", ["other", "s3cret"]])
 def test_the_middleware_asks_for_the_key(older: Callable[..., Live], key: Any) -> None:
     live = older(key)
-    for route in ROUTES:
+    for route in (*ROUTES, *OF_CARTRIDGES):
         for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic s3cret"},
                       {"authorization": "s3cret"}, {"authorization": "Bearer  s3cret"}):  # fmt: skip
             answer = ask(live, *route, **given)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,10 +19,13 @@ from kvist.cartridge.formats.imported import Imported
 from kvist.cartridge.formats.reading import checkpoint_file, read_checkpoint
 from kvist.cartridge.formats.sidecar import check_sidecar, find_sidecar, read_sidecar
 from kvist.cartridge.manifest import CartridgeManifest
+from kvist.cartridge.manifest_file import open_regular
 from kvist.cartridge.model import ModelIdentity
 from kvist.errors import InvalidCartridge, InvalidInput, LayoutMismatch, NotFound
 
 _CHUNK: Final = 16 << 20
+_CHANGING: Final = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+"""What of a file's state is another after each write to it, or to its name."""
 
 
 def import_checkpoint(
@@ -63,13 +68,16 @@ def import_checkpoint(
     sidecar_path = Path(manifest_path) if manifest_path is not None else find_sidecar(file)
     if manifest_path is not None and not Path(manifest_path).is_file():
         raise NotFound(f"no such manifest: {manifest_path}")
-    sidecar = read_sidecar(sidecar_path) if sidecar_path is not None else None
+    told = read_sidecar(sidecar_path) if sidecar_path is not None else None
+    before = _stat(file)
     imported = read_checkpoint(file, dtype=dtype)
-    size, sha256 = file.stat().st_size, file_sha256(file)
-    if sidecar is not None:
-        check_sidecar(
-            sidecar, imported, size=size, sha256=sha256, is_converted=dtype is not None, where=str(sidecar_path)
-        )
+    size, sha256 = before.st_size, file_sha256(file)
+    if any(getattr(before, name) != getattr(_stat(file), name) for name in _CHANGING):
+        raise InvalidCartridge(f"{file} has changed while it was read", hint="import it when its writer is done")
+    if told is not None:
+        check_sidecar(told, imported, size=size, sha256=sha256, is_converted=dtype is not None)
+    sidecar = told.manifest if told is not None else None
+    kind = told.manifest.resource_kind if told is not None and "resource_kind" in told.stated else None
     named = sidecar.model_id if sidecar is not None else imported.model_id
     origin: dict[str, Any] = {"file": file.name, "size": size, "sha256": sha256}
     origin |= {"format": imported.source_format, "model": named}
@@ -86,7 +94,7 @@ def import_checkpoint(
         training_steps=steps,
         source_document=source_document or (sidecar.source_document if sidecar else ""),
         source_format=imported.source_format,
-        resource_kind=sidecar.resource_kind if sidecar else imported.resource_kind,
+        resource_kind=kind or imported.resource_kind,
         block_size=block_size,
         labels={**(sidecar.labels if sidecar else {}), **(labels or {})},
         provenance=provenance,
@@ -95,12 +103,32 @@ def import_checkpoint(
 
 
 def file_sha256(path: Path) -> str:
-    """The digest of a file, in hex."""
+    """The digest of a file, in hex.
+
+    Raises:
+        NotFound: it is not there.
+        InvalidCartridge: it is no regular file, or cannot be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with _readable(path), open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _stat(path: Path) -> os.stat_result:
+    with _readable(path):
+        return path.stat()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFound(f"no such file: {path}") from None
+    except OSError as error:
+        raise InvalidCartridge(f"cannot read {path}: {error.strerror}") from None
 
 
 def _id(cartridge_id: str | None, default: str | None, sidecar: CartridgeManifest | None, file: Path) -> str:

@@ -20,7 +20,8 @@ from kvist.cartridge.formats.stored import StoredTensor
 from kvist.errors import InvalidCartridge
 
 _LOSSLESS: Final = ("first_k", "sci_chunk")
-"""knlp's ways to begin whose keys and values are the prefill of exactly the token ids beside them."""
+"""knlp's ways to begin whose keys and values are the prefill of exactly the token ids beside them. A script that knows
+no other says none. What was ``sci`` before there were canonical names is ``strided_rope`` now, and no prefill."""
 
 
 def is_pairs(tree: object) -> bool:
@@ -103,4 +104,5 @@ def _token_ids(path: Path, meta: Mapping[str, Any], tokens: int) -> tuple[int, .
     stated = meta.get("prefix_token_ids_sha256")
     if stated is not None and stated != (found := hashlib.sha256(json.dumps(ids).encode()).hexdigest()):
         raise InvalidCartridge(f"{beside}: expected the SHA-256 {stated!r:.80}, as meta.json says, got {found}")
-    return tuple(ids) if meta.get("init_method_canonical", "first_k") in _LOSSLESS else None
+    method = meta.get("init_method_canonical", meta.get("init_method", "first_k"))
+    return tuple(ids) if method in _LOSSLESS else None

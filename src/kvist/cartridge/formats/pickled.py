@@ -263,8 +263,11 @@ class _Machine:
         if len(items) % 2:
             self._refuse("a key without a value is put into a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, int):  # the hash of nested tuples can take for ever, or all of the stack
-                self._refuse(f"a key of a dict must be text or an integer, got {type(key).__name__}")
+            # The hash of nested tuples can take for ever, or all of the stack; and any number of large integers have
+            # one hash, so that each has to be compared with all before it.
+            if type(key) is not str and not (type(key) is int and 0 <= key < 1 << 31):
+                found = f"{key:#x}" if type(key) is int else type(key).__name__
+                self._refuse(f"a key of a dict must be text or an integer in [0, 2^31), got {found:.80}")
             target[key] = value
 
     def _refuse(self, why: str) -> NoReturn:

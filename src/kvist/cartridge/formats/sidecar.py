@@ -6,16 +6,36 @@ Knows that manifest's schema through `CartridgeManifest.from_json(lenient=True)`
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
 from kvist.cartridge.formats.imported import Imported
 from kvist.cartridge.manifest import CartridgeManifest
+from kvist.cartridge.manifest_file import open_regular
 from kvist.errors import DamagedCartridge, InvalidCartridge, InvalidManifest
 from kvist.repo.manifest import parse_json
 
+log = logging.getLogger("kvist.cartridge")
+
 _JSON_MAX: Final = 32 << 20
 _T = TypeVar("_T", dict, list)  # type: ignore[type-arg]
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """An original manifest.
+
+    Attributes:
+        path: of its file.
+        manifest: with schema version 0, and defaults for what the file does not say.
+        stated: the fields that the file says.
+    """
+
+    path: Path
+    manifest: CartridgeManifest
+    stated: frozenset[str]
 
 
 def read_json(path: Path, kind: type[_T]) -> _T:
@@ -25,7 +45,7 @@ def read_json(path: Path, kind: type[_T]) -> _T:
         InvalidCartridge: no such file, too large a one, or something else in it.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(_JSON_MAX + 1)
     except OSError as error:
         raise InvalidCartridge(f"cannot read {path}: {error.strerror}") from None
@@ -41,48 +61,54 @@ def read_json(path: Path, kind: type[_T]) -> _T:
 
 
 def find_sidecar(path: Path) -> Path | None:
-    """The manifest beside ``cartridge.pt``: ``cartridge.pt.json``, or ``cartridge.json`` where that is a manifest."""
+    """The manifest beside ``cartridge.pt``: ``cartridge.pt.json``, or ``cartridge.json`` where that is a manifest.
+
+    The second name is nobody's own: what is there and no manifest is passed over.
+    """
     full = path.with_name(path.name + ".json")
     if full.is_file():
         return full
     short = path.with_suffix(".json")
     if short.is_file() and short != path:
-        document = read_json(short, dict)
+        try:
+            document = read_json(short, dict)
+        except InvalidCartridge as error:
+            log.warning("passed over, as no manifest of %s: %s", path, error)
+            return None
         if "cartridge_id" in document and "schema_version" not in document:  # else it is that of a cartridge of ours
             return short
     return None
 
 
-def read_sidecar(path: Path) -> CartridgeManifest:
-    """An original manifest; its schema version is 0.
+def read_sidecar(path: Path) -> Sidecar:
+    """Read an original manifest.
 
     Raises:
         InvalidCartridge: it is none.
     """
     document = read_json(path, dict)
     try:
-        return CartridgeManifest.from_dict(document, lenient=True)
+        manifest = CartridgeManifest.from_dict(document, lenient=True)
     except InvalidCartridge as error:
         raise InvalidCartridge(f"{path}: {error}") from None
+    return Sidecar(path, manifest, frozenset(document))
 
 
-def check_sidecar(
-    manifest: CartridgeManifest, imported: Imported, *, size: int, sha256: str, is_converted: bool, where: str
-) -> None:
-    """Compare a manifest with the file that it is of.
+def check_sidecar(sidecar: Sidecar, imported: Imported, *, size: int, sha256: str, is_converted: bool) -> None:
+    """Compare a manifest with the file that it is of, in all fields that it has.
 
     Args:
-        manifest: with schema version 0.
+        sidecar: the manifest.
         imported: what the file holds.
         size: of the file, in bytes.
         sha256: of the file, in hex.
         is_converted: whether it was read as another data type than it has.
-        where: the manifest's file, for messages.
 
     Raises:
         DamagedCartridge: the file has another checksum than the manifest says.
         InvalidCartridge: the manifest says something else of it, one clause a difference.
     """
+    where, manifest = sidecar.path, sidecar.manifest
     if manifest.checksum and manifest.checksum != sha256:
         raise DamagedCartridge(f"{where}: expected a file with the SHA-256 {manifest.checksum:.80}, got {sha256}")
     pairs: dict[str, object] = {
@@ -95,14 +121,14 @@ def check_sidecar(
     }
     if not is_converted and manifest.dtype != "unknown":
         pairs["dtype"] = imported.dtype
+    if imported.resource_kind != "kv_prefix":  # which is all that such a file says
+        pairs["resource_kind"] = imported.resource_kind
     differences = [
         f"{name}: the manifest says {getattr(manifest, name)}, the checkpoint has {value}"
         for name, value in pairs.items()
-        if getattr(manifest, name) != value
+        if name in sidecar.stated and getattr(manifest, name) != value
     ]
     if manifest.file_size_bytes not in (0, size):
         differences.append(f"file_size_bytes: the manifest says {manifest.file_size_bytes}, the file has {size}")
-    if manifest.resource_kind != imported.resource_kind and imported.resource_kind != "kv_prefix":
-        differences.append(f"resource_kind: the manifest says {manifest.resource_kind}, it is {imported.resource_kind}")
     if differences:
         raise InvalidCartridge(f"{where}: {'; '.join(differences)}")

@@ -5,20 +5,16 @@ Knows shapes and data types by name. Must not know files or families.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-READABLE: Final = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+from kvist.cartridge.model import DTYPES
+
+READABLE: Final[Mapping[str, torch.dtype]] = {name: getattr(torch, name) for name in (*DTYPES, "float64")}
 """Data types that can become a cartridge's, by torch's names. ``float64`` can only be converted."""
 
 
@@ -29,14 +25,10 @@ class StoredTensor:
     Attributes:
         dtype: by torch's name; may be none of `READABLE`.
         shape: no axis is negative, and there are no more elements than the file has bytes for.
-        read: reads the bytes, at each call; the tensor is the caller's own to keep, and not to be written to.
+        read: reads the bytes; the tensor is the caller's own to keep, and not to be written to. To be called once: a
+            container refuses, by `InvalidCartridge`, to give more bytes than it has.
     """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements. Only for a data type of `READABLE`."""
-        return math.prod(self.shape) * READABLE[self.dtype].itemsize

@@ -17,33 +17,38 @@ cartridge of the same name.
 whether it was ``placed`` before the prompt or the prompt repeated its document (`kvist.cartridge.placing`); its token
 ids are all there are, `VIRTUAL` ones too, and its pages are all of its pages, the cartridge's too. So a checkout needs
 neither the cartridge nor its registration: the sequence is restored under the same salt, shares what the engine holds
-of the cartridge, and goes on from its pages. An engine that does not know ``cartridge`` refuses `VIRTUAL` ids.
+of the cartridge, and goes on from its pages. These are as good as the snapshot: who may write to the store that a
+server checks out from is trusted with what later requests with that cartridge find in the pool, as with any prompt's
+pages; only what is loaded from files is checked against the cartridge's manifest. An engine that does
+not know ``cartridge`` refuses `VIRTUAL` ids.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 from kvist.cartridge.cartridge import Cartridge
+from kvist.cartridge.lease import Lease
 from kvist.cartridge.manifest import CartridgeManifest
 from kvist.cartridge.model import ModelIdentity
 from kvist.cartridge.placing import VIRTUAL, Prefix, PrefixMode, is_placed
-from kvist.cartridge.residency import Lease, Residency
+from kvist.cartridge.reading import Loader
+from kvist.cartridge.residency import Residency
 from kvist.cartridge.room import ResidencyMetrics
 from kvist.engines.hf.pool import DTYPES
-from kvist.errors import AlreadyExists, DamagedCartridge, LayoutMismatch, UnknownCartridge
+from kvist.errors import AlreadyExists, InvalidCartridge, InvalidInput, LayoutMismatch, UnknownCartridge
 from kvist.layout import Layout
 
 if TYPE_CHECKING:
-    from kvist.cartridge.library import Library
+    from kvist.cartridge.library import Entry, Library
 
 HOST_BYTES: Final = 4 * 1024**3
 """Default for the host memory that holds cartridges as pages."""
@@ -80,22 +85,6 @@ class Hold:
             self._lease.close()
 
 
-class Named(Protocol):
-    """A cartridge by name; see `kvist.cartridge.library.Entry`."""
-
-    @property
-    def cartridge_id(self) -> str:
-        """Its name."""
-
-    @property
-    def manifest(self) -> CartridgeManifest:
-        """What it is."""
-
-    @property
-    def directory(self) -> Path:
-        """Where its files are."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Given:
     """A cartridge that was handed over as an object."""
@@ -112,22 +101,25 @@ class Cartridges:
     """The cartridges that an engine's requests may name. Thread-safe.
 
     They come from `add`, and from ``library`` where one is set: it may change at any time, and is asked at each
-    request. A cartridge is brought into host memory when a request names it, checked against its manifest then, and
-    goes, least recently used first, when it is in nobody's use.
+    request. A cartridge is brought into host memory when a request names it, checked against its manifest as it is
+    read, and goes, least recently used first, when it is in nobody's use.
 
     Attributes:
         library: where names are looked up that were not added; ``None``: nowhere.
     """
 
-    def __init__(self, layout: Layout, model: Callable[[], ModelIdentity], *, host_bytes: int = HOST_BYTES) -> None:
+    def __init__(
+        self, layout: Layout, model: Callable[[], ModelIdentity], vocab: int, *, host_bytes: int = HOST_BYTES
+    ) -> None:
         """
         Args:
             layout: of the engine's pages.
             model: tells what a cartridge must be of; asked when the first one comes.
-            host_bytes: host memory for pages.
+            vocab: ids of the model are below it.
+            host_bytes: host memory for pages. Beside it are those of `carry`.
         """
         self.library: Library | None = None
-        self._layout, self._model = layout, model
+        self._layout, self._model, self._vocab = layout, model, vocab
         self._lock = threading.Lock()
         self._given: dict[str, _Given] = {}
         self._residency = self._make_residency(host_bytes, verify=True)
@@ -140,15 +132,16 @@ class Cartridges:
         Args:
             library: where names are looked up that were not added; borrowed.
             model: what a cartridge must be of, instead of what the engine calls its model.
-            host_bytes: host memory for pages.
-            verify: read every byte of a cartridge before it is loaded, and compare digests.
+            host_bytes: host memory for pages. Beside it are those of `carry`.
+            verify: compare the checksum of what is loaded, and refuse numbers that are none.
         """
         self.library, self._model = library, lambda: model
         self._residency.close()
         self._residency = self._make_residency(host_bytes, verify)
 
     def _make_residency(self, host_bytes: int, verify: bool) -> Residency[Resident]:
-        return Residency(host_bytes, self._load, self._size_of, check=self._check if verify else None)
+        self._loader = Loader(verify=verify)
+        return Residency(host_bytes, self._load, self._size_of, check=self._check)
 
     # -- names ---------------------------------------------------------------------------------------------------
 
@@ -166,7 +159,7 @@ class Cartridges:
             AlreadyExists: another has the name.
             LayoutMismatch: it is of another model or another dtype.
             DamagedCartridge, InvalidCartridge: its files are not what its manifest says.
-            ResidencyFull: there is no room for it.
+            ResidencyFull: there is no room for it, now or ever.
         """
         name = cartridge.manifest.cartridge_id if cartridge_id is None else cartridge_id
         self._require_fit(cartridge.manifest)
@@ -174,6 +167,8 @@ class Cartridges:
             known = self._given.get(name)
             if known is not None and known.manifest.identity != cartridge.manifest.identity:
                 raise AlreadyExists(f"a cartridge {name!r} is loaded already", hint="remove it first")
+            if known is not None:
+                return name
             self._given[name] = _Given(name, cartridge)
         try:
             self._residency.acquire(cartridge.manifest.identity).close()
@@ -193,7 +188,7 @@ class Cartridges:
             names = set(self._given)
         return sorted(names | set(self.library.ids() if self.library is not None else ()))
 
-    def find(self, cartridge_id: str) -> _Given | Named:
+    def find(self, cartridge_id: str) -> _Given | Entry:
         """The cartridge of that name.
 
         Raises:
@@ -244,7 +239,12 @@ class Cartridges:
         manifest = self.find(cartridge_id).manifest
         document: Sequence[int] | None = None
         may_repeat = manifest.has_token_ids and len(prompt) >= manifest.num_tokens_raw
-        if mode == "prompt" or (mode == "auto" and may_repeat):
+        if mode == "prompt" and manifest.has_token_ids and not may_repeat:  # nothing need be loaded to see it
+            raise InvalidInput(
+                f"cartridge_prefix: the prompt must begin with the {manifest.num_tokens_raw} token ids of the "
+                f"cartridge's document; it has {len(prompt)}"
+            )
+        if mode != "virtual" and may_repeat:
             with self._residency.acquire(manifest.identity) as lease:
                 document = lease.value.token_ids
         placed = is_placed(mode, document, prompt)
@@ -262,13 +262,16 @@ class Cartridges:
 
     def held(self, prefix: Prefix) -> Hold | None:
         """As `hold`, of what is in host memory; ``None`` if it would have to be brought in."""
+        lease = self._residency.lease(prefix.identity)
+        if lease is not None:  # it was checked; what came with a snapshot is as good as the snapshot
+            return Hold(lease.value, lease)
         carried = self._carried.get(prefix.identity)
-        if carried is not None:
-            return Hold(carried)
-        return self.hold(prefix) if self._residency.contains(prefix.identity) else None
+        return None if carried is None else Hold(carried)
 
     def carry(self, prefix: Prefix, pages: Tensor) -> Hold:
         """Hold a prefix by pages of a sequence that began with it, for as long as anybody holds it.
+
+        They are host memory that ``host_bytes`` does not bound: as many prefixes at most as sequences are live.
 
         Args:
             prefix: of that sequence.
@@ -289,7 +292,7 @@ class Cartridges:
 
     # -- what residency calls ------------------------------------------------------------------------------------
 
-    def _source(self, identity: str) -> _Given | Named:
+    def _source(self, identity: str) -> _Given | Entry:
         with self._lock:
             for given in self._given.values():
                 if given.manifest.identity == identity:
@@ -303,32 +306,35 @@ class Cartridges:
         return self.size_of(self._source(identity).manifest)
 
     def _check(self, identity: str) -> None:
-        source = self._source(identity)
-        if isinstance(source, _Given):
-            if source.cartridge.directory is not None:
-                source.cartridge.verify()
-            return
-        with self._open(source) as cartridge:
-            cartridge.verify()
+        """What can be seen before anything goes for it; what is wrong with the rest is seen while it is loaded."""
+        found = self._place(identity)
+        if isinstance(found, Cartridge):
+            self._require_known(found.token_ids)
+        else:
+            with self._loader.open(found, identity) as reading:
+                self._require_known(reading.token_ids)
 
     def _load(self, identity: str) -> Resident:
+        found = self._place(identity)
+        if isinstance(found, Cartridge):
+            layers = ((number, *found.layer(number)) for number in range(found.num_layers))
+            return Resident(pack(layers, found.num_tokens, self._layout), found.token_ids)
+        with self._loader.open(found, identity) as reading:
+            self._require_known(reading.token_ids)
+            pages = pack(reading, reading.manifest.num_tokens_raw, self._layout)
+        return Resident(pages, reading.token_ids)
+
+    def _require_known(self, ids: Sequence[int] | None) -> None:
+        wrong = next((one for one in ids or () if not 0 <= one < self._vocab), None)
+        if wrong is not None:
+            raise InvalidCartridge(f"the token ids of its document must be in [0, {self._vocab}), got {wrong}")
+
+    def _place(self, identity: str) -> Path | Cartridge:
+        """The directory that a cartridge is read from; one that has none is in memory."""
         source = self._source(identity)
         if isinstance(source, _Given):
-            return pack(source.cartridge, self._layout)
-        with self._open(source) as cartridge:
-            return pack(cartridge, self._layout)
-
-    def _open(self, entry: Named) -> Cartridge:
-        cartridge = Cartridge.from_pretrained(entry.directory, local_files_only=True, verify=False)
-        if cartridge.manifest.identity != entry.manifest.identity:
-            found = cartridge.manifest.identity
-            cartridge.close()
-            raise DamagedCartridge(
-                f"{entry.directory} holds a cartridge of identity {found}, and {entry.cartridge_id!r} was registered "
-                f"with {entry.manifest.identity}",
-                hint="register it again",
-            )
-        return cartridge
+            return source.cartridge.directory or source.cartridge
+        return source.directory
 
     def _require_fit(self, manifest: CartridgeManifest) -> None:
         manifest.require(self._model())
@@ -338,17 +344,17 @@ class Cartridges:
             )
 
 
-def pack(cartridge: Cartridge, layout: Layout) -> Resident:
-    """A cartridge as pages of ``layout``, whose shapes and dtype it has; a copy."""
-    size, tokens = layout.page_size_tokens, cartridge.num_tokens
+def pack(layers: Iterable[tuple[int, Tensor, Tensor]], tokens: int, layout: Layout) -> Tensor:
+    """Layers of a cartridge, by number, keys and values, as pages of ``layout``, whose shapes and dtype they have."""
+    size = layout.page_size_tokens
     whole, fill = divmod(tokens, size)
     shape = (whole + bool(fill), 2, layout.n_layers, size, layout.n_heads, layout.head_dim)
     pages = torch.empty(shape, dtype=DTYPES[layout.dtype])
     if fill:
         pages[whole] = 0
-    for layer in range(layout.n_layers):
-        for half, rows in enumerate(cartridge.layer(layer)):
-            pages[:whole, half, layer] = rows[: whole * size].reshape(whole, size, layout.n_heads, layout.head_dim)
+    for number, *pair in layers:
+        for half, rows in enumerate(pair):
+            pages[:whole, half, number] = rows[: whole * size].reshape(whole, size, layout.n_heads, layout.head_dim)
             if fill:
-                pages[whole, half, layer, :fill] = rows[whole * size :]
-    return Resident(pages, cartridge.token_ids)
+                pages[whole, half, number, :fill] = rows[whole * size :]
+    return pages

@@ -24,7 +24,7 @@ from kvist.engines.hf.sampling import SamplingParams
 from kvist.engines.hf.scheduler import Scheduler
 from kvist.engines.hf.sequence import Event, Request, Sequence, SequenceInfo, continuation
 from kvist.engines.hf.thread import EngineThread
-from kvist.errors import InvalidInput, NotFound
+from kvist.errors import DamagedCartridge, InvalidInput, NotFound
 from kvist.ids import check_name
 from kvist.layout import Layout
 
@@ -60,7 +60,7 @@ class Engine(EngineThread):
         self.model = model
         self.pool = PagePool(model.layout, pages, model.device)
         super().__init__(Scheduler(model, self.pool, max_running=max_running))
-        self.cartridges = Cartridges(model.layout, lambda: model.identity, host_bytes=cartridge_bytes)
+        self.cartridges = Cartridges(model.layout, lambda: model.identity, model.vocab, host_bytes=cartridge_bytes)
         longest = min((n for n in (model.max_positions, max_model_len) if n is not None), default=2**31)
         self._longest = longest
         self.max_model_len = min(longest, pages * model.layout.page_size_tokens)
@@ -92,7 +92,8 @@ class Engine(EngineThread):
             name: the layout's model name; default the directory's. Snapshots are refused under another name.
             max_model_len: tokens a sequence may have; default what the model and the pool allow.
             max_running: sequences that take turns; more wait.
-            cartridge_bytes: host memory for cartridges.
+            cartridge_bytes: host memory for cartridges; beside it is that of restored sequences' own, while they are
+                live (`Cartridges.carry`).
 
         Raises:
             NotFound: there is no model there.
@@ -197,6 +198,7 @@ class Engine(EngineThread):
         if cartridge is None:
             return Sequence(id="", token_ids=[], params=params, prompt_tokens=len(prompt))
         prefix = cartridge if isinstance(cartridge, Prefix) else self.cartridges.prefix(cartridge, prompt)
+        self._check_length(prefix.own, len(prompt), params)  # or it is not worth a load
         hold = self.cartridges.hold(prefix)
         ids = self.cartridges.ids_of(prefix, hold)
         return Sequence(
@@ -214,6 +216,14 @@ class Engine(EngineThread):
         if seq.prefix is not None and seq.hold is None:
             # Not in the pause: it comes from files.
             seq.hold = self.cartridges.hold(seq.prefix)
+        if seq.prefix is not None and seq.hold is not None:
+            pages, expected = len(seq.hold.pages), -(-seq.prefix.tokens // self.layout.page_size_tokens)
+            if pages != expected:
+                seq.let_go()
+                raise DamagedCartridge(
+                    f"sequence {resume!r} says that cartridge {seq.prefix.cartridge_id!r:.120} has {seq.prefix.tokens} "
+                    f"tokens, which are {expected} pages, and it has {pages}"
+                )
         return seq
 
     def _hold_of(self, source: Sequence, prefix: Prefix) -> Hold | None:
@@ -224,7 +234,7 @@ class Engine(EngineThread):
         return self.cartridges.carry(prefix, self.pool.data[slots].cpu())
 
     def _queue(self, seq: Sequence, sequence_id: str | None, on_step: Callable[[Event], None] | None) -> Request:
-        self._check_length(seq)
+        self._check_length(seq.own, len(seq.token_ids) - seq.own, seq.params)
         if seq.params.seed is None:
             seq.params = replace(seq.params, seed=secrets.randbits(63))
         seq.id = check_name(sequence_id) if sequence_id is not None else f"seq-{secrets.token_hex(8)}"
@@ -240,11 +250,10 @@ class Engine(EngineThread):
             raise InvalidInput(f"token ids are in [0, {self.model.vocab}), got {wrong}")
         return ids
 
-    def _check_length(self, seq: Sequence) -> None:
-        needed = len(seq.token_ids) + (seq.params.max_tokens > 0)
-        told = f"the prompt has {len(seq.token_ids) - seq.own}"
-        if seq.own:
-            told = f"the cartridge has {seq.own} and {told}"
+    def _check_length(self, own: int, prompt: int, params: SamplingParams) -> None:
+        """Whether there is room for ``own`` tokens of a cartridge and a prompt after it."""
+        needed = own + prompt + (params.max_tokens > 0)
+        told = f"the cartridge has {own} and the prompt has {prompt}" if own else f"the prompt has {prompt}"
         if needed > self._longest:
             raise InvalidInput(f"a sequence has at most {self._longest} tokens here, and {told}")
         if needed > self.max_model_len:

@@ -267,7 +267,12 @@ class HfPager(CachePager):
             raise InvalidInput(
                 f"sequence {seq.id!r} begins with a cartridge of {given} tokens, and has {len(seq.token_ids)}"
             )
-        virtual = given if seq.token_ids[:given] == (VIRTUAL,) * given else 0
+        virtual = given if prefix is not None and seq.token_ids[:given] == (VIRTUAL,) * given else 0
+        if virtual and not (prefix is not None and prefix.placed and len(seq.token_ids) > given):
+            raise InvalidInput(
+                f"sequence {seq.id!r} has a cartridge without token ids, which must be placed before at least one "
+                f"token of its own"
+            )
         if not all(0 <= token < vocab for token in seq.token_ids[virtual:]):
             raise InvalidInput(f"sequence {seq.id!r} has token ids that are not in [0, {vocab})")
         for slot in seq.page_ixs:

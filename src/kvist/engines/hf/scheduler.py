@@ -1,6 +1,6 @@
 """The scheduler: which sequence computes its next tile, out of which slots, and who gives way when the pool is full.
 
-Knows sequences, the pool and the model's tiles. Must not know threads: `kvist.engines.hf.engine` sees to it that one
+Knows sequences, the pool and the model's tiles. Must not know threads: `kvist.engines.hf.thread` sees to it that one
 thread at a time is in here.
 
 Sequences run round-robin, one tile each, never batched together. A new one starts from the longest prefix that the

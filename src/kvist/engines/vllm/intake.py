@@ -1,37 +1,44 @@
-"""The way of a request into vLLM, where cartridges are found and placed: two hooks, in two processes.
+"""The way of a request into vLLM, in the API process: the hooks where its cartridge is found.
 
-In the API process every request passes `AsyncLLM.generate`, or, from ``vllm.LLM``, `InputProcessor.process_inputs`. In
-the engine core it passes `EngineCore.preprocess_add_request`, before its blocks are hashed. Reaches into vLLM as
-`kvist.engines.vllm.internals` does, on the same versions; what a cartridge is it leaves to the front end.
+A request passes `AsyncLLM.generate`, or, from ``vllm.LLM``, `InputProcessor.process_inputs`; then, in the engine core,
+`kvist.engines.vllm.arriving`. Reaches into vLLM as `kvist.engines.vllm.internals` does, on the same versions; what a
+cartridge is it leaves to the front end.
 """
 
 from __future__ import annotations
 
-import copy
+import asyncio
 import functools
 import sys
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
+import vllm.exceptions
 from vllm.exceptions import VLLMNotFoundError, VLLMServerError, VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.metrics.stats import PrefillStats
 
 from kvist.cartridge.model import DTYPES, ModelIdentity
 from kvist.engines.vllm import internals
-from kvist.engines.vllm.cartridges.placing import Asked, Placed
-from kvist.errors import InvalidInput, KvistError, LayoutMismatch, NotFound, UnsupportedModel
+from kvist.engines.vllm.arriving import begin_of
+from kvist.engines.vllm.cartridges.placing import KEY, Asked, Placed, Served, check_unmarked
+from kvist.errors import CartridgeNotReady, InvalidInput, KvistError, LayoutMismatch, NotFound, UnsupportedModel
 
 if TYPE_CHECKING:
     from kvist.engines.vllm.cartridges.frontend import Frontend  # imports what only cartridges need
 
+RetryableRequestError: Final[type[Exception] | None] = getattr(vllm.exceptions, "RetryableRequestError", None)
+"""503; older vLLM has none, and says 500."""
 CONNECTOR: Final = "CartridgeConnector"
 _MODULE: Final = "kvist.engines.vllm.cartridges"
 _DECIDED: Final = "kvist_placed"
 """Key of a rendered prompt under which `generate` leaves what it decided for `process_inputs`."""
+_PATIENCE: Final = 5.0
+"""Seconds that a server lets a request wait for a cartridge that is being opened."""
+_MOMENT: Final = 0.02
 _BODIES: Final = (
     ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
     ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
@@ -69,7 +76,7 @@ def model_identity(vllm_config: Any, settings: Mapping[str, Any]) -> ModelIdenti
         settings: of the connector; ``model`` and ``revision`` name what cannot be known.
 
     Raises:
-        UnsupportedModel: a KV cache that no cartridge holds.
+        UnsupportedModel: a KV cache that no cartridge holds, or a model of which no directory is known.
     """
     config, cached = vllm_config.model_config, vllm_config.cache_config.cache_dtype
     dtype = str(config.dtype).removeprefix("torch.") if cached == "auto" else str(cached)
@@ -78,15 +85,29 @@ def model_identity(vllm_config: Any, settings: Mapping[str, Any]) -> ModelIdenti
     directory = Path(config.model)
     is_local = directory.is_dir()
     if not is_local:
-        from huggingface_hub import snapshot_download
-
-        directory = Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+        directory = _fetched(config, vllm_config.load_config.download_dir)
     return ModelIdentity.of_directory(
         directory,
         dtype=dtype,
         model_id=settings.get("model") or (None if is_local else config.model),
         revision=settings.get("revision") or internals.pinned(vllm_config, directory),
     )
+
+
+def _fetched(config: Any, cache_dir: str | None) -> Path:
+    """Where vLLM has put a model that it fetched."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(config.model, revision=config.revision, cache_dir=cache_dir, local_files_only=True)
+        )
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"expected {config.model} to be a directory, or fetched from the hub: what cartridges must fit is told by "
+            f"its config.json, and there is none: {error}",
+            hint="serve a directory (huggingface-cli download)",
+        ) from error
 
 
 def register_connector() -> None:
@@ -103,36 +124,30 @@ def register_connector() -> None:
 # -- the API process ---------------------------------------------------------------------------------------------
 
 
-class Opening(Protocol):
-    """How to make a front end."""
-
-    def __call__(
-        self,
-        extra: Mapping[str, Any],
-        model: ModelIdentity,
-        max_model_len: int,
-        *,
-        recomputes: bool,
-        bos_id: int | None,
-    ) -> Frontend:
-        """See `Frontend.open`."""
-
-
 class Frontends:
     """The front end of each engine of this process, opened when it is first asked for. Thread-safe."""
 
-    def __init__(self, opening: Opening) -> None:
+    def __init__(self, opening: Callable[[Mapping[str, Any], ModelIdentity, Served], Frontend]) -> None:
         self._opening = opening
         self._opened: weakref.WeakKeyDictionary[Any, Frontend | None] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def of(self, processor: Any) -> Frontend | None:
-        """The front end of vLLM's input processor; ``None``: its engine has no cartridges."""
+    def of(self, processor: Any, *, waits: bool = True) -> Frontend | None:
+        """The front end of vLLM's input processor; ``None``: its engine has no cartridges.
+
+        Args:
+            processor: vLLM's.
+            waits: see `Served`; counts when it is opened.
+        """
         with self._lock:
             if processor not in self._opened:
                 config = processor.vllm_config
                 settings = cartridge_settings(config)
-                self._opened[processor] = settings if settings is None else self._open(settings, config)
+                if settings is None:
+                    self._opened[processor] = None
+                else:
+                    served = _served(config, waits=waits)
+                    self._opened[processor] = self._opening(settings, model_identity(config, settings), served)
             return self._opened[processor]
 
     def all(self) -> list[Frontend]:
@@ -140,18 +155,21 @@ class Frontends:
         with self._lock:
             return [frontend for frontend in self._opened.values() if frontend is not None]
 
-    def _open(self, settings: Mapping[str, Any], config: Any) -> Frontend:
-        policy = config.kv_transfer_config.kv_load_failure_policy
-        return self._opening(
-            settings,
-            model_identity(config, settings),
-            config.model_config.max_model_len,
-            recomputes=policy == "recompute",
-            bos_id=_begin(config),
-        )
+
+def _served(config: Any, *, waits: bool) -> Served:
+    text = config.model_config.hf_text_config
+    return Served(
+        max_model_len=config.model_config.max_model_len,
+        vocabulary=config.model_config.get_vocab_size(),
+        bos_id=begin_of(config),
+        ranks=config.parallel_config.tensor_parallel_size,
+        keeps_all=getattr(text, "sliding_window", None) is None,
+        recomputes=config.kv_transfer_config.kv_load_failure_policy == "recompute",
+        waits=waits,
+    )
 
 
-def enter_frontend(opening: Opening) -> None:
+def enter_frontend(opening: Callable[[Mapping[str, Any], ModelIdentity, Served], Frontend]) -> None:
     """Let a front end decide on every request of this process. Idempotent.
 
     `AsyncLLM.generate` becomes a plain function: the servers call it before they begin to answer, so what it raises
@@ -169,17 +187,20 @@ def enter_frontend(opening: Opening) -> None:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)
         try:
-            frontend = frontends.of(self.input_processor)
+            frontend = frontends.of(self.input_processor, waits=False)
         except BaseException:
             self.shutdown()
             raise
         if frontend is not None:
             _watch_bodies(frontends)
+            _let_wait(frontends)
 
     @functools.wraps(generate)
     def decide(self: Any, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
         frontend = frontends.of(self.input_processor)
-        if frontend is not None:
+        if frontend is None:
+            _refuse_marker(sampling_params)
+        else:
             prompt = _decided(frontend, prompt, sampling_params)
         return generate(self, prompt, sampling_params, request_id, *args, **kwargs)
 
@@ -187,7 +208,9 @@ def enter_frontend(opening: Opening) -> None:
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, request_id, prompt, params, *args, **kwargs)
         frontend = frontends.of(self)
-        if frontend is not None and request.sampling_params is not None:
+        if frontend is None:
+            _refuse_marker(request.sampling_params)
+        elif request.sampling_params is not None:
             if isinstance(prompt, dict) and _DECIDED in prompt:
                 placed = prompt[_DECIDED]
             else:
@@ -199,21 +222,6 @@ def enter_frontend(opening: Opening) -> None:
     AsyncLLM.__init__ = init
     AsyncLLM.generate = decide
     InputProcessor.process_inputs = process_inputs
-
-
-def frontend_of(engine: Any) -> Frontend | None:
-    """The front end of an engine client (`AsyncLLM`); ``None``: it has no cartridges, or no hooks."""
-    process = type(engine.input_processor).process_inputs
-    found: Frontend | None = process.frontends.of(engine.input_processor) if hasattr(process, "frontends") else None
-    return found
-
-
-def frontends_here() -> list[Frontend]:
-    """The front ends that are open in this process."""
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    frontends = getattr(InputProcessor.process_inputs, "frontends", None)
-    return [] if frontends is None else frontends.all()
 
 
 def _decided(frontend: Frontend, prompt: Any, params: Any) -> Any:
@@ -260,6 +268,16 @@ def _asked_of(request: Any, prompt: Any = None) -> Asked:
     return _asked(request.prompt_token_ids, request.sampling_params, request.cache_salt, strange, is_text=is_text)
 
 
+def _refuse_marker(params: Any) -> None:
+    """Where there are no cartridges, nobody else looks at what a client says of them."""
+    extra = getattr(params, "extra_args", None)
+    if isinstance(transfer := (extra or {}).get("kv_transfer_params"), Mapping):
+        try:
+            check_unmarked(transfer)
+        except KvistError as error:
+            raise refusal(error) from error
+
+
 def _place(frontend: Frontend, asked: Asked) -> Placed | None:
     try:
         return frontend.place(asked)
@@ -269,20 +287,25 @@ def _place(frontend: Frontend, asked: Asked) -> Placed | None:
 
 def _mark(request: Any, placed: Placed | None) -> None:
     """Tell the engine core; the request's sampling parameters are its own by now."""
+    params = request.sampling_params
     if placed is not None:
         request.cache_salt = placed.salt
-        request.sampling_params.max_tokens = placed.max_tokens
-        request.sampling_params.extra_args = placed.mark(request.sampling_params.extra_args)
+        params.max_tokens = placed.max_tokens
+        params.extra_args = placed.mark(params.extra_args)
+    elif "cartridge_id" in (transfer := (params.extra_args or {}).get("kv_transfer_params") or {}):
+        params.extra_args = {**params.extra_args, "kv_transfer_params": {**transfer, KEY: None}}  # seen, and none used
 
 
 def refusal(error: KvistError) -> Exception:
-    """``error`` as vLLM's servers tell it: 404, 400, or 500."""
+    """``error`` as vLLM's servers tell it: 404, 400, 503 or 500."""
     message = f"{error} ({error.hint})" if error.hint else str(error)
     kind: type[Exception] = VLLMServerError
     if isinstance(error, NotFound):
         kind = VLLMNotFoundError
     elif isinstance(error, InvalidInput | LayoutMismatch):
         kind = VLLMValidationError
+    elif isinstance(error, CartridgeNotReady) and RetryableRequestError is not None:
+        kind = RetryableRequestError
     return kind(message)
 
 
@@ -319,7 +342,7 @@ def _without_cartridge(convert: Callable[..., Any], frontends: Frontends) -> Cal
     @functools.wraps(convert)
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         _unnest(self)
-        extra = {**(getattr(self, "vllm_xargs", None) or {}), "kv_transfer_params": self.kv_transfer_params}
+        extra = _extra_of(self)
         for frontend in frontends.all():
             # one that every request uses is found again in each request that the search makes
             if (entry := _find(frontend, extra)) is not None and _find(frontend, None) != entry:
@@ -327,6 +350,57 @@ def _without_cartridge(convert: Callable[..., Any], frontends: Frontends) -> Cal
         return convert(self, *args, **kwargs)
 
     return to_beam_search_params
+
+
+def _let_wait(frontends: Frontends) -> None:
+    """Let servers wait a little for what is being opened, where nothing is answered yet and other requests go on.
+
+    Older vLLM has no such place: there, and after `_PATIENCE`, a request is refused and may be sent again.
+    """
+    if _BODIES[0][0] not in sys.modules:  # not in a server
+        return
+    try:
+        from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    except ImportError:
+        return
+    inner = getattr(GenerateBaseServing, "_with_kv_transfer_rejection_cleanup", None)
+    if inner is None or hasattr(inner, "waits"):
+        return
+
+    async def looked(body: Any, answer: Any) -> Any:
+        try:
+            _unnest(body)
+            for frontend in frontends.all():
+                await _look(frontend, _extra_of(body))
+        except BaseException:
+            answer.close()
+            raise
+        return await answer
+
+    @functools.wraps(inner)
+    async def waiting(self: Any, awaitable: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        return await inner(self, looked(request, awaitable), request, *args, **kwargs)
+
+    waiting.waits = True  # type: ignore[attr-defined]
+    GenerateBaseServing._with_kv_transfer_rejection_cleanup = waiting
+
+
+async def _look(frontend: Frontend, extra_args: Mapping[str, Any]) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return frontend.look(extra_args)
+        except CartridgeNotReady as error:
+            if time.monotonic() > deadline:
+                raise refusal(error) from error
+        except KvistError as error:
+            raise refusal(error) from error
+        await asyncio.sleep(_MOMENT)
+
+
+def _extra_of(body: Any) -> dict[str, Any]:
+    """What a body says besides its prompt, as its sampling parameters will."""
+    return {**(getattr(body, "vllm_xargs", None) or {}), "kv_transfer_params": body.kv_transfer_params}
 
 
 def _find(frontend: Frontend, extra_args: Mapping[str, Any] | None) -> Any:
@@ -341,70 +415,3 @@ def _unnest(body: Any) -> None:
     params = nested.get("kv_transfer_params") if isinstance(nested, dict) else None
     if body.kv_transfer_params is None and isinstance(params, dict):
         body.kv_transfer_params = params
-
-
-# -- the engine core ---------------------------------------------------------------------------------------------
-
-
-def enter_placing(prefix: Callable[[Mapping[str, Any], int], tuple[list[int], int]]) -> None:
-    """Put a cartridge's tokens before the prompt of every request that says so, before its blocks are hashed.
-
-    Idempotent. The API process, which counts and returns what the client sent, is not told of them.
-
-    Args:
-        prefix: for a request's ``kv_transfer_params``, and given what stands for a token without an id: the ids, and
-            how many of the prompt's first ones are left out for them.
-    """
-    from vllm.v1.engine.core import EngineCore
-
-    preprocess = EngineCore.preprocess_add_request
-    if hasattr(preprocess, "places"):
-        return
-
-    @functools.wraps(preprocess)
-    def preprocess_add_request(self: Any, request: Any) -> Any:
-        params = request.sampling_params
-        transfer = ((params.extra_args if params is not None else None) or {}).get("kv_transfer_params")
-        ids: list[int] = []
-        if isinstance(transfer, Mapping):
-            ids, skips = prefix(transfer, _placeholder(self.vllm_config))
-        if not ids:
-            return preprocess(self, request)
-        request = copy.copy(request)  # where there is one process, it is the API's too
-        request.prompt_token_ids = [*ids, *request.prompt_token_ids[skips:]]
-        prepared = preprocess(self, request)
-        prepared[0].prefill_stats = OwnStats(len(ids))
-        return prepared
-
-    preprocess_add_request.places = True  # type: ignore[attr-defined]
-    EngineCore.preprocess_add_request = preprocess_add_request
-
-
-def _placeholder(vllm_config: Any) -> int:
-    """What begins every text, and is never sampled: so a penalty on a prompt's tokens changes nothing by it."""
-    begin = _begin(vllm_config)
-    return 0 if begin is None else begin
-
-
-def _begin(vllm_config: Any) -> int | None:
-    config = vllm_config.model_config
-    begin = getattr(config.hf_text_config, "bos_token_id", None)
-    return begin if type(begin) is int and 0 <= begin < config.get_vocab_size() else None
-
-
-class OwnStats(PrefillStats):
-    """What of a prefill is the client's: vLLM counts the cartridge's tokens, its users are told of their own."""
-
-    def __init__(self, prefix: int) -> None:
-        super().__init__()
-        self._prefix = prefix
-
-    def set(self, num_prompt_tokens: int, num_local_cached_tokens: int, num_external_cached_tokens: int) -> None:
-        """See the base class."""
-        local = max(0, num_local_cached_tokens - self._prefix)
-        cached = max(0, num_local_cached_tokens + num_external_cached_tokens - self._prefix)
-        super().set(num_prompt_tokens - self._prefix, local, cached - local)
-
-    def finalize(self, num_cached_tokens: int) -> None:
-        """See the base class."""
-        super().finalize(max(0, num_cached_tokens - self._prefix))

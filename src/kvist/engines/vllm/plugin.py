@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import logging
 import operator
@@ -13,14 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from kvist.engines.vllm.cartridges.placing import KEY
 from kvist.engines.vllm.matching import Stored, first_block
 from kvist.errors import EngineError, InvalidInput, InvalidManifest, KvistError
 
 if TYPE_CHECKING:
     from kvist.cartridge.model import ModelIdentity
-    from kvist.engines.vllm.cartridges.documents import Prefixes
     from kvist.engines.vllm.cartridges.frontend import Frontend
+    from kvist.engines.vllm.cartridges.placing import Served, Standing
     from kvist.engines.vllm.connector import KvistConnector
 
 log = logging.getLogger("kvist.vllm")
@@ -31,31 +29,33 @@ CALL = "kvist"
 
 def register() -> None:
     """Entry point ``vllm.general_plugins: kvist``. Loaded in every process of vLLM; idempotent."""
-    from kvist.engines.vllm import intake, internals
+    from kvist.engines.vllm import arriving, intake, internals
 
     internals.enter_core(CALL, _answer, _prepare)
     intake.register_connector()
     intake.enter_frontend(_open_frontend)
-    intake.enter_placing(_prefix)
+    arriving.enter_placing(_place)
 
 
-def _open_frontend(
-    extra: Mapping[str, Any], model: ModelIdentity, max_model_len: int, *, recomputes: bool, bos_id: int | None
-) -> Frontend:
+def _open_frontend(extra: Mapping[str, Any], model: ModelIdentity, served: Served) -> Frontend:
     from kvist.engines.vllm.cartridges.frontend import Frontend
 
-    return Frontend.open(extra, model, max_model_len, recomputes=recomputes, bos_id=bos_id)
+    return Frontend.open(extra, model, served)
 
 
-def _prefix(params: Mapping[str, Any], placeholder: int) -> tuple[list[int], int]:
-    return _prefixes().of(params, placeholder) if KEY in params else ([], 0)
+def _place(core: Any, request: Any, marker: object) -> tuple[Standing, list[int]] | None:
+    """In the engine core, where a request arrives; see `Prefixes.of`."""
+    from kvist.engines.vllm.intake import cartridge_settings
 
+    if cartridge_settings(core.vllm_config) is None:
+        log.warning("request %s: it names a cartridge as a client may not; ignored", request.request_id)
+        return None
+    from kvist.engines.vllm.cartridges.connector import CartridgeConnector
+    from kvist.engines.vllm.internals import find_connector
 
-@functools.cache
-def _prefixes() -> Prefixes:
-    from kvist.engines.vllm.cartridges.documents import Prefixes
-
-    return Prefixes()
+    connector = find_connector(core.scheduler.connector, CartridgeConnector)
+    found: tuple[Standing, list[int]] = connector.prefixes.of(marker, request.prompt_token_ids, request.cache_salt)
+    return found
 
 
 def _prepare(core: Any) -> None:

@@ -10,10 +10,10 @@ import re
 from hashlib import sha256
 from typing import Any, Final
 
-from kvist.engines.vllm.cartridges.placing import Placement
+from kvist.engines.vllm.cartridges.placing import Standing
 from kvist.engines.vllm.matching import Stored
 from kvist.engines.vllm.messages import Start
-from kvist.errors import InvalidInput, InvalidName
+from kvist.errors import InvalidName
 from kvist.ids import check_name
 
 _SUFFIX: Final = re.compile(r"-[0-9a-f]{8}\Z")
@@ -30,13 +30,8 @@ def digest(salt: str | None) -> str | None:
 
 def cartridge(request: Any) -> dict[str, Any] | None:
     """The cartridge that a request begins with, as its answer and a snapshot of it tell; or ``None``."""
-    try:
-        placement = Placement.of(request.kv_transfer_params)
-    except InvalidInput:
-        return None
-    if placement is None:
-        return None
-    return {name: getattr(placement, name) for name in ("id", "identity", "tokens", "placed")}
+    standing = Standing.of(request)
+    return None if standing is None else standing.prefix.to_dict()
 
 
 def draws(params: Any) -> bool:

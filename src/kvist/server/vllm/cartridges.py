@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvist.cartridge.library import Entry
 from kvist.errors import EngineError, NotFound
 from kvist.server.vllm.client import Core, EngineClient
 
 if TYPE_CHECKING:
     from kvist.cartridge.library import Library
+    from kvist.cartridge.manifest import CartridgeManifest
 
 
 class Cartridges:
@@ -25,9 +28,7 @@ class Cartridges:
     @property
     def is_served(self) -> bool:
         """Whether the engine has cartridges."""
-        from kvist.engines.vllm.intake import frontend_of  # where there is an engine client, there is vLLM
-
-        return self._engine is not None and frontend_of(self._engine) is not None
+        return _frontend_of(self._engine) is not None
 
     def library(self) -> Library:
         """What requests may use.
@@ -36,18 +37,25 @@ class Cartridges:
             EngineError: there is no engine yet.
             NotFound: it was started without cartridges.
         """
-        from kvist.engines.vllm.intake import frontend_of
-
         if self._engine is None:
             raise EngineError("this server has no engine, or is still starting")
-        frontend = frontend_of(self._engine)
+        frontend = _frontend_of(self._engine)
         if frontend is None:
             raise NotFound(
                 "this server was started without cartridges",
                 hint="give vLLM a --kv-transfer-config with the connector CartridgeConnector of "
                 "kvist.engines.vllm.cartridges",
             )
-        return frontend.library
+        library: Library = frontend.library
+        return library
+
+    def admit(self, library: Library, manifest: CartridgeManifest, directory: Path) -> None:
+        """Refuse to register what no request could use.
+
+        Raises:
+            KvistError: see `kvist.engines.vllm.cartridges.frontend.Frontend.check`.
+        """
+        _frontend_of(self._engine).check(Entry(manifest.cartridge_id, directory, manifest))
 
     async def stats(self) -> dict[str, Any]:
         """What the workers have done since they started, by rank.
@@ -58,3 +66,10 @@ class Cartridges:
         self.library()
         assert self._engine is not None
         return await Core(self._engine).cartridge_stats()
+
+
+def _frontend_of(engine: EngineClient | None) -> Any:
+    """The front end that `kvist.engines.vllm.intake` gave the engine; ``None``: it has no cartridges, or no hooks."""
+    processor = getattr(engine, "input_processor", None)
+    frontends = getattr(getattr(processor, "process_inputs", None), "frontends", None)
+    return None if frontends is None else frontends.of(processor)

@@ -170,7 +170,9 @@ def routes_of_cartridges(cartridges: Cartridges, *, prefix: str = "", body_max: 
     return Starlette(
         routes=[
             Route(f"{prefix}/stats", guarded(stats), methods=["GET"]),
-            *cartridge_routes(cartridges.library, prefix=f"{prefix}/cartridges", body_max=body_max),
+            *cartridge_routes(
+                cartridges.library, prefix=f"{prefix}/cartridges", body_max=body_max, admit=cartridges.admit
+            ),
         ],
         exception_handlers={HTTPException: _http_error},
     )

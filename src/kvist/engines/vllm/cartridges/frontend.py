@@ -6,22 +6,27 @@ Knows the library and the router; must not know vLLM, whose types `kvist.engines
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from kvist.cartridge.config import CartridgeConfig, open_library
 from kvist.cartridge.library import Entry, Library
+from kvist.cartridge.manifest import CartridgeManifest
 from kvist.cartridge.model import ModelIdentity
-from kvist.cartridge.placing import PrefixMode, is_placed, parse_mode
+from kvist.cartridge.placing import Prefix, PrefixMode, is_placed, parse_mode, skips
 from kvist.cartridge.routing import CartridgeRouter, Selection
-from kvist.engines.vllm.cartridges.documents import TokenIds
-from kvist.engines.vllm.cartridges.placing import KEY, SALT, Asked, Placed, Placement, salt_of
-from kvist.errors import InvalidInput, UnknownCartridge
+from kvist.cartridge.sharding import rank_heads
+from kvist.engines.vllm.cartridges.documents import Documents
+from kvist.engines.vllm.cartridges.placing import SALT, Asked, Placed, Placement, Served, check_unmarked, salt_of
+from kvist.errors import CartridgeNotReady, InvalidInput, UnknownCartridge
 
 log = logging.getLogger("kvist.vllm")
 
 PREFIX_KEY: Final = "cartridge_prefix"
 """The field of ``kv_transfer_params`` that overrides the configuration's ``prefix``."""
+_ITEM_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 class Frontend:
@@ -35,44 +40,45 @@ class Frontend:
         self,
         library: Library,
         router: CartridgeRouter,
+        served: Served,
         *,
-        max_model_len: int,
         prefix: PrefixMode = "auto",
         refuses_unknown: bool = True,
-        recomputes: bool = False,
-        bos_id: int | None = None,
+        capacity: Callable[[int], int] | None = None,
+        verify: bool = True,
     ) -> None:
-        """Build it.
+        """Look at what is configured.
 
         Args:
             library: what there is.
             router: which of it a request uses.
-            max_model_len: tokens of a sequence, those of a cartridge among them.
+            served: by which engine.
             prefix: where a cartridge stands, unless the request says.
             refuses_unknown: an unknown id is an error; else the request is computed without a cartridge.
-            recomputes: what cannot be loaded is computed from token ids, so that only cartridges that have those may
-                be used: vLLM's ``kv_load_failure_policy``.
-            bos_id: what stands at the beginning of a text, and is left out of one that goes on after a cartridge.
+            capacity: bytes that each worker keeps cartridges in, given those of the largest that is configured.
+            verify: believe token ids that a model may compute from only after the whole cartridge was read.
+
+        Raises:
+            KvistError: a configured cartridge that no request could use.
         """
         self.library = library
-        self._router = router
-        self._max_model_len = max_model_len
-        self._prefix = prefix
-        self._refuses_unknown = refuses_unknown
-        self._recomputes = recomputes
-        self._bos_id = bos_id
-        self._token_ids = TokenIds()
+        self._router, self._served = router, served
+        self._prefix, self._refuses_unknown = prefix, refuses_unknown
+        self._documents = Documents(vocabulary=served.vocabulary, verify=verify and served.recomputes)
+        configured = [library.get(cartridge_id) for cartridge_id in library.configured_ids]
+        largest = max((self._nbytes(entry.manifest) for entry in configured), default=0)
+        self._capacity = None if capacity is None else capacity(largest)
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="kvist-documents")
+        self._reading: set[str] = set()
+        self._failed: dict[str, Exception] = {}
+        self._lock = threading.Lock()
+        for entry in configured:
+            self._documents.of(entry)
+        if not served.waits:
+            library.nudge()
 
     @classmethod
-    def open(
-        cls,
-        extra: Mapping[str, Any],
-        model: ModelIdentity,
-        max_model_len: int,
-        *,
-        recomputes: bool = False,
-        bos_id: int | None = None,
-    ) -> Frontend:
+    def open(cls, extra: Mapping[str, Any], model: ModelIdentity, served: Served) -> Frontend:
         """The front end of a connector's ``kv_connector_extra_config``.
 
         Raises:
@@ -81,15 +87,19 @@ class Frontend:
         """
         config = CartridgeConfig.from_extra(extra)
         library, router = open_library(config, model)
-        return cls(
-            library,
-            router,
-            max_model_len=max_model_len,
-            prefix=config.prefix,
-            refuses_unknown=config.unknown == "refuse",
-            recomputes=recomputes,
-            bos_id=bos_id,
-        )
+        try:
+            return cls(
+                library,
+                router,
+                served,
+                prefix=config.prefix,
+                refuses_unknown=config.unknown == "refuse",
+                capacity=config.capacity,
+                verify=config.verify,
+            )
+        except BaseException:
+            library.close()
+            raise
 
     def find(self, extra_args: Mapping[str, Any] | None) -> Entry | None:
         """The cartridge that a request uses, by what it says besides its prompt; ``None``: none.
@@ -98,21 +108,44 @@ class Frontend:
             InvalidInput: it says what only kvist may, or what has the wrong type.
             UnknownCartridge: there is none of that id.
             LayoutMismatch: it is for another model.
+            CartridgeNotReady: it is being opened, or looked for.
         """
         params = (extra_args or {}).get("kv_transfer_params")
-        if params is not None and not isinstance(params, Mapping):
-            raise InvalidInput(f"kv_transfer_params: expected an object, got {params!r:.80}")
-        if params and KEY in params:
-            raise InvalidInput(f"kv_transfer_params.{KEY}: only kvist itself may set it")
-        self.library.refresh()
+        check_unmarked(params)
+        if self._served.waits:
+            self.library.refresh()
         try:
             cartridge_id = self._router.resolve(Selection(params, extra_args))
-            return None if cartridge_id is None else self.library.get(cartridge_id)
+            if cartridge_id is None:
+                return None
+            return self.library.get(cartridge_id) if self._served.waits else self.library.ready(cartridge_id)
         except UnknownCartridge as error:
             if self._refuses_unknown:
                 raise
             log.warning("computed without a cartridge: %s", error)
             return None
+
+    def look(self, extra_args: Mapping[str, Any] | None) -> None:
+        """Have threads open and read what `place` needs.
+
+        Raises:
+            CartridgeNotReady: they are at it; ask again.
+            KvistError: as `find`; or it cannot be had.
+        """
+        entry = self.find(extra_args)
+        if entry is not None:
+            self._document(entry)
+
+    def check(self, entry: Entry) -> None:
+        """Whether this engine can use a cartridge at all. Reads its token ids: not for an event loop.
+
+        Raises:
+            InvalidInput: it cannot.
+            LayoutMismatch: its token ids are not the model's.
+            KvistError: it cannot be had.
+        """
+        self._check(entry)
+        self._documents.of(entry)
 
     def place(self, asked: Asked) -> Placed | None:
         """What of a request changes, if it uses a cartridge.
@@ -129,10 +162,10 @@ class Frontend:
         placement = self._placement(entry, asked)
         if asked.needs_prompt:
             raise InvalidInput(
-                f"cartridge {placement.id!r}: log probabilities of the prompt (prompt_logprobs, echo with logprobs) "
-                "cannot be had with a cartridge, whose tokens are not computed"
+                f"cartridge {entry.cartridge_id!r}: log probabilities of the prompt (prompt_logprobs, echo with "
+                "logprobs) cannot be had with a cartridge, whose tokens are not computed"
             )
-        return Placed(placement, salt_of(placement.identity, asked.salt), self._room(placement, asked))
+        return Placed(placement, salt_of(placement.prefix.identity, asked.salt), self._room(placement.prefix, asked))
 
     def _placement(self, entry: Entry, asked: Asked) -> Placement:
         """The cartridge and where it stands."""
@@ -140,30 +173,54 @@ class Frontend:
         if asked.strange is not None or asked.prompt_ids is None:
             what = asked.strange or "a prompt without token ids"
             raise InvalidInput(f"cartridge {name!r}: cannot be used with {what}")
+        self._check(entry)
+        ids = asked.prompt_ids
+        placed = is_placed(self._mode(asked.extra_args), self._document(entry), ids)
+        begins = placed and asked.is_text and skips(ids, self._served.bos_id)
+        return Placement(Prefix(name, manifest.identity, manifest.num_tokens_raw, placed), int(begins))
+
+    def _check(self, entry: Entry) -> None:
+        """What the manifest alone tells."""
+        name, manifest = entry.cartridge_id, entry.manifest
         if manifest.first_position:
             raise InvalidInput(
                 f"cartridge {name!r}: begins at position {manifest.first_position}; only those that begin at 0 can be "
                 "put before a prompt"
             )
-        if self._recomputes and not manifest.has_token_ids:
+        if self._served.recomputes and not manifest.has_token_ids:
             raise InvalidInput(
                 f"cartridge {name!r}: has no token ids, and cannot be recomputed, as kv_load_failure_policy wants it",
                 hint='start vLLM with "kv_load_failure_policy": "fail"',
             )
-        ids = asked.prompt_ids
-        placed = is_placed(self._mode(asked.extra_args), self._document(entry), ids)
-        begins = placed and asked.is_text and len(ids) > 1 and ids[0] == self._bos_id
-        return Placement(name, manifest.identity, manifest.num_tokens_raw, str(entry.directory), placed, int(begins))
+        nbytes = self._nbytes(manifest)
+        if self._capacity is not None and nbytes > self._capacity:
+            raise InvalidInput(
+                f"cartridge {name!r}: each worker needs {nbytes} bytes for it, and has {self._capacity} for all "
+                "cartridges together",
+                hint='raise "host_bytes" in kv_connector_extra_config',
+            )
 
-    def _room(self, placement: Placement, asked: Asked) -> int:
+    def _nbytes(self, manifest: CartridgeManifest) -> int:
+        """Bytes that a worker surely needs: those of its heads; with its pages' padding it is a little more.
+
+        Layers of a window keep fewer, which is known to the workers alone: 0.
+        """
+        if not self._served.keeps_all:
+            return 0
+        numbers = sum(
+            2 * len(rank_heads(layer.num_kv_heads, self._served.ranks, 0)) * layer.head_dim for layer in manifest.layers
+        )
+        return manifest.num_tokens_raw * numbers * _ITEM_BYTES[manifest.dtype]
+
+    def _room(self, prefix: Prefix, asked: Asked) -> int:
         """Tokens that may be sampled."""
-        prompt = len(asked.prompt_ids or ())
-        room = self._max_model_len - placement.prefix_tokens - prompt
+        prompt, longest = len(asked.prompt_ids or ()), self._served.max_model_len
+        room = longest - prefix.own - prompt
         least = max(1, asked.min_tokens)
         if room < least:
             raise InvalidInput(
-                f"cartridge {placement.id!r} has {placement.tokens} tokens, the prompt {prompt}, and at least {least} "
-                f"must be sampled: over the maximum of {self._max_model_len} tokens"
+                f"cartridge {prefix.cartridge_id!r} has {prefix.tokens} tokens, the prompt {prompt}, and at least "
+                f"{least} must be sampled: over the maximum of {longest} tokens"
             )
         return room if asked.max_tokens is None else min(asked.max_tokens, room)
 
@@ -172,6 +229,24 @@ class Frontend:
         return self._prefix if wanted is None else parse_mode(wanted)
 
     def _document(self, entry: Entry) -> tuple[int, ...] | None:
-        if not entry.manifest.has_token_ids:
-            return None
-        return self._token_ids.of(entry.manifest.identity, entry.directory)
+        if self._served.waits or self._documents.knows(entry):
+            return self._documents.of(entry)
+        identity = entry.manifest.identity
+        with self._lock:
+            if (error := self._failed.pop(identity, None)) is not None:  # the next request tries it again
+                raise error
+            if identity not in self._reading:
+                self._reading.add(identity)
+                self._threads.submit(self._read, entry)
+        raise CartridgeNotReady(f"cartridge {entry.cartridge_id!r}: its document is being read", hint="try again")
+
+    def _read(self, entry: Entry) -> None:
+        identity, error = entry.manifest.identity, None
+        try:
+            self._documents.of(entry)
+        except Exception as reason:  # for who asks next
+            error = reason
+        with self._lock:
+            self._reading.remove(identity)
+            if error is not None:
+                self._failed[identity] = error

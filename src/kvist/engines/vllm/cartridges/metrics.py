@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -78,7 +79,9 @@ class InjectionMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        kinds: dict[str, Any] = {**dict.fromkeys(COUNTERS, self._counter_cls), **dict.fromkeys(GAUGES, self._gauge_cls)}
+        # of several API processes the one that heard last knows, as with vLLM's own gauges
+        gauge = functools.partial(self._gauge_cls, multiprocess_mode="mostrecent")
+        kinds: dict[str, Any] = {**dict.fromkeys(COUNTERS, self._counter_cls), **dict.fromkeys(GAUGES, gauge)}
         self._by_engine: dict[str, dict[int, Any]] = {}
         for name, text in (COUNTERS | GAUGES).items():
             metric = kinds[name](name=f"vllm:kvist_cartridge_{name}", documentation=text, labelnames=labelnames)

@@ -8,14 +8,14 @@ shape and the strides of the registered one, a run of blocks of one layer at a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
 
-from kvist.cartridge.cartridge import Cartridge
 from kvist.cartridge.manifest import CartridgeManifest
+from kvist.cartridge.model import LAYOUT_DTYPES
 from kvist.cartridge.sharding import rank_heads
 from kvist.engines.vllm.matching import first_block, window_of
 from kvist.engines.vllm.pages import Done, GroupPages, halves
@@ -24,7 +24,7 @@ from kvist.layout import Layout
 
 _CHUNK: Final = 16 << 20
 """Bytes of a scratch cache."""
-_DTYPES: Final = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+_DTYPES: Final = {ours: name for name, ours in LAYOUT_DTYPES.items()}
 
 
 class Writes(Protocol):
@@ -137,38 +137,40 @@ class Packer:
         end = -(-tokens // self._size)
         return [(min(first_block(tokens - 1, window_of(layout), self._size), end - 1), end) for layout in self.layouts]
 
-    def pack(self, cartridge: Cartridge) -> Packed:
+    def pack(self, manifest: CartridgeManifest, layers: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> Packed:
         """A cartridge's pages in host memory, page-locked if the cache is on an accelerator.
+
+        Args:
+            manifest: of the cartridge.
+            layers: each one's number, keys and values, ``[tokens, heads, head_dim]`` of the whole model; in any order,
+                and each only valid until the next one is asked for.
 
         Raises:
             LayoutMismatch: see `check`.
         """
-        self.check(cartridge.manifest)
-        spans = self._spans(cartridge.num_tokens)
+        self.check(manifest)
+        spans = self._spans(manifest.num_tokens_raw)
         rows = tuple(
             torch.empty((end - first, group.page_bytes), dtype=torch.uint8, pin_memory=self._on_device)
             for group, (first, end) in zip(self._groups, spans, strict=True)
         )
-        for number, (first, end) in enumerate(spans):
-            group, layout = self._groups[number], self.layouts[number]
-            heads = self._heads(cartridge.manifest, layout)
-            pages = group.as_pages(rows[number])
-            with group.beside():
-                for place, layer in enumerate(self._layers[number]):
-                    self._pack_layer(cartridge, layer, layout, heads, pages[:, :, place], (first, end))
+        pages = [group.as_pages(mine) for group, mine in zip(self._groups, rows, strict=True)]
+        places = {layer.index: (n, place) for n, group in enumerate(self._layers) for place, layer in enumerate(group)}
+        for index, keys, values in layers:
+            number, place = places[index]
+            heads = self._heads(manifest, self.layouts[number])
+            pair = [half[:, heads.start : heads.stop] for half in (keys, values)]
+            with self._groups[number].beside():
+                self._pack_layer(number, place, pair, pages[number][:, :, place], spans[number])
                 Done(self._on_device).wait()
         return Packed(rows, tuple(first for first, _ in spans))
 
     def _pack_layer(
-        self,
-        cartridge: Cartridge,
-        layer: _Layer,
-        layout: Layout,
-        heads: range,
-        pages: torch.Tensor,
-        span: tuple[int, int],
+        self, number: int, place: int, pair: Sequence[torch.Tensor], pages: torch.Tensor, span: tuple[int, int]
     ) -> None:
-        keys, values = (half[:, heads.start : heads.stop] for half in cartridge.layer(layer.index))
+        """One layer of a group, of this rank's heads, into its part of the group's pages."""
+        layer, layout = self._layers[number][place], self.layouts[number]
+        keys, values = pair
         most = max(1, _CHUNK // (2 * layout.page_bytes // layout.n_layers))
         for start, end in _chunks(*span, most):
             tokens = slice(start * self._size, end * self._size)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from kvist.cartridge import placing
+from kvist.cartridge.placing import Prefix
 from kvist.errors import InvalidInput
 
 KEY: Final = "kvist_cartridge"
@@ -21,50 +22,88 @@ SALT: Final = placing.SALT
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The cartridge of one request.
+    """What the API process decided on one request, and tells the engine core, which looks all of it up again.
 
     Attributes:
-        id: as the client or the router named it.
-        identity: of its content, hex.
-        tokens: its tokens, which stand at the first positions of the request.
-        directory: where its files are.
-        placed: whether it stands before the prompt. If not, the prompt itself begins with the cartridge's tokens.
+        prefix: the cartridge, and where it stands.
         skips: first tokens of the prompt that are left out: the mark of a text's beginning, which is not where the
-            prompt stands.
+            prompt stands; 0 or 1.
     """
 
-    id: str
-    identity: str
-    tokens: int
-    directory: str
-    placed: bool
+    prefix: Prefix
     skips: int = 0
 
     def to_marker(self) -> dict[str, Any]:
         """As it travels to the engine core, below `KEY`."""
-        return asdict(self)
+        return {**self.prefix.to_dict(), "skips": self.skips}
 
     @classmethod
-    def of(cls, params: Mapping[str, Any] | None) -> Self | None:
-        """The placement that a request's ``kv_transfer_params`` carry.
+    def of_marker(cls, marker: object) -> Self:
+        """The placement that travelled as ``marker``, which may be anything.
 
         Raises:
-            InvalidInput: what stands there is none of ours.
+            InvalidInput: it is none of ours.
         """
-        marker = (params or {}).get(KEY)
-        if marker is None:
-            return None
-        try:
-            return cls(**marker)
-        except TypeError as error:
-            raise InvalidInput(
-                f"kv_transfer_params.{KEY}: expected what kvist's frontend puts there: {error}"
-            ) from None
+        if not isinstance(marker, Mapping) or type(skips := marker.get("skips")) is not int or skips not in (0, 1):
+            raise InvalidInput(f"kv_transfer_params.{KEY}: expected what kvist's front end says, got {marker!r:.200}")
+        prefix = Prefix.of_state({"cartridge": {name: marker[name] for name in marker if name != "skips"}})
+        assert prefix is not None
+        return cls(prefix, skips)
 
-    @property
-    def prefix_tokens(self) -> int:
-        """Tokens that the engine core puts before the prompt."""
-        return self.tokens if self.placed else 0
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The cartridge that a request in the engine core begins with. Made there, and only there: no message carries one.
+
+    Attributes:
+        prefix: the cartridge, and where it stands.
+        directory: where its files are.
+    """
+
+    prefix: Prefix
+    directory: str
+
+    @classmethod
+    def of(cls, request: Any) -> Self | None:
+        """That of vLLM's request, if it has one; what a client wrote in its place is nothing."""
+        standing = (request.kv_transfer_params or {}).get(KEY)
+        return standing if isinstance(standing, cls) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What of an engine decides which cartridges it can use.
+
+    Attributes:
+        max_model_len: tokens of a sequence, those of a cartridge among them.
+        vocabulary: tokens that the model knows.
+        bos_id: what stands at the beginning of a text, and is left out of one that goes on after a cartridge.
+        ranks: of tensor parallelism, among which heads are shared out.
+        keeps_all: no layer looks back on a window only, so that all of a cartridge is kept.
+        recomputes: what cannot be loaded is computed from token ids, so that only cartridges that have those may be
+            used: vLLM's ``kv_load_failure_policy``.
+        waits: requests may wait for a disk or a network: there is no event loop that others need.
+    """
+
+    max_model_len: int
+    vocabulary: int
+    bos_id: int | None = None
+    ranks: int = 1
+    keeps_all: bool = True
+    recomputes: bool = False
+    waits: bool = True
+
+
+def check_unmarked(params: object) -> None:
+    """Refuse ``kv_transfer_params`` that a client cannot have meant.
+
+    Raises:
+        InvalidInput: they say what only kvist may, or have the wrong type.
+    """
+    if params is not None and not isinstance(params, Mapping):
+        raise InvalidInput(f"kv_transfer_params: expected an object, got {params!r:.80}")
+    if params and KEY in params:
+        raise InvalidInput(f"kv_transfer_params.{KEY}: only kvist itself may set it")
 
 
 def salt_of(identity: str, own: str | None) -> str:

@@ -9,17 +9,17 @@ cache like any others. What is not there is loaded. That holds anew whenever a r
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvist.engines.vllm import internals, requests
 from kvist.engines.vllm.cartridges.messages import InjectPlan
-from kvist.engines.vllm.cartridges.placing import SALT, Placement
+from kvist.engines.vllm.cartridges.placing import KEY, Standing
 from kvist.engines.vllm.internals import Blocks
 from kvist.engines.vllm.matching import blocks_of, window_of
 from kvist.engines.vllm.messages import Load, Place, StepReport
-from kvist.errors import InvalidInput, UnsupportedModel
+from kvist.errors import UnsupportedModel
 from kvist.layout import Layout
 
 log = logging.getLogger("kvist.vllm")
@@ -33,7 +33,7 @@ class _Use:
     """A request, vLLM's, and its cartridge; ``loaded``: tokens that were loaded for it."""
 
     request: Any
-    placement: Placement
+    standing: Standing
     loaded: int = 0
 
 
@@ -76,36 +76,24 @@ class CartridgeScheduler:
         return len(self._uses)
 
     def arrive(self, request: Any) -> None:
-        """A request has come: see whether the front end put a cartridge before it."""
-        placement = self._placement(request)
-        if placement is None:
-            return
-        # It would be computed from ids that stand for the cartridge. The front end refuses who asks for that.
-        request.skip_reading_prefix_cache = False
-        self._uses[request.request_id] = _Use(request, placement)
-
-    def _placement(self, request: Any) -> Placement | None:
-        try:
-            placement = Placement.of(request.kv_transfer_params)
-        except InvalidInput as error:
-            log.error("request %s: no cartridge is injected: %s", request.request_id, error)
-            return None
-        if placement is None:
-            if "cartridge_id" in (request.kv_transfer_params or {}) and not self._is_warned:
-                self._is_warned = True
-                log.error(
-                    "request %s names a cartridge, and kvist's plugin did not see it: none is injected; "
-                    "VLLM_PLUGINS must include kvist, or not be set",
-                    request.request_id,
-                )
-            return None
-        if not str(request.cache_salt).startswith(SALT + placement.identity):
+        """A request has come: see whether it begins with a cartridge."""
+        standing = Standing.of(request)
+        if standing is not None:
+            # It would be computed from ids that stand for the cartridge. The front end refuses who asks for that.
+            request.skip_reading_prefix_cache = False
+            self._uses[request.request_id] = _Use(request, standing)
+        elif not self._is_warned and self._is_overlooked(request.kv_transfer_params or {}):
+            self._is_warned = True
             log.error(
-                "request %s: no cartridge is injected: expected the salt %s, got %r",
-                *(request.request_id, SALT + placement.identity, request.cache_salt),
+                "request %s names a cartridge, and kvist's plugin did not see it: none is injected; VLLM_PLUGINS must "
+                "include kvist, or not be set",
+                request.request_id,
             )
-            return None
-        return placement
+
+    @staticmethod
+    def _is_overlooked(params: Mapping[str, Any]) -> bool:
+        """Whether a cartridge is named, and nothing says that the front end decided for none."""
+        return "cartridge_id" in params and KEY not in params
 
     def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
         """Tokens to load beyond the ``local`` ones that the prefix cache has; ``None``: ask again after the next step.
@@ -114,7 +102,7 @@ class CartridgeScheduler:
         it in the prefix cache then.
         """
         use = self._uses.get(request.request_id)
-        tokens = 0 if use is None else min(use.placement.tokens, request.num_tokens - 1)
+        tokens = 0 if use is None else min(use.standing.prefix.tokens, request.num_tokens - 1)
         if tokens <= local:
             return 0, False
         if self._loading and self._blocks is not None and self._blocks.caching:
@@ -133,7 +121,7 @@ class CartridgeScheduler:
         use = self._uses.get(request.request_id)
         if not external or use is None or self._blocks is None:
             return
-        tokens = min(use.placement.tokens, request.num_tokens - 1)
+        tokens = min(use.standing.prefix.tokens, request.num_tokens - 1)
         pages: list[tuple[Place, int | str]] = []
         for group, number in blocks_of(tokens, tokens - external, self.windows, self._size):
             block = block_ids[group][number]
@@ -142,8 +130,8 @@ class CartridgeScheduler:
                 pages.append((Place(group, block, self._blocks.generation[block], fill), number))
         use.loaded += external
         self._loading[request.request_id] = self._full_blocks(request, tokens, tokens - external)
-        self._plan.loads.append(Load(request.request_id, use.placement.identity, pages))
-        self._plan.directories[use.placement.identity] = use.placement.directory
+        self._plan.loads.append(Load(request.request_id, use.standing.prefix.identity, pages))
+        self._plan.directories[use.standing.prefix.identity] = use.standing.directory
 
     def plan(self, output: Any) -> InjectPlan:
         """What to tell the workers with this step."""
@@ -173,7 +161,11 @@ class CartridgeScheduler:
         return {"cartridge": cartridge | {"loaded_tokens": use.loaded}}
 
     def forget(self) -> None:
-        """Nothing is kept here that other weights could make stale."""
+        """vLLM clears its caches, perhaps for other weights, which it does not tell: cartridges stay what they are."""
+        log.warning(
+            "vLLM's caches were cleared; cartridges were not: if the weights are others now, restart, or the keys and "
+            "values of the former ones are injected"
+        )
 
     def close(self) -> None:
         """Nothing is open."""

@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from kvist.cartridge.cartridge import Cartridge
 from kvist.cartridge.config import CartridgeConfig
 from kvist.cartridge.library import Entry
+from kvist.cartridge.manifest_file import read_manifest
+from kvist.cartridge.reading import Loader
 from kvist.cartridge.residency import Residency
 from kvist.engines.vllm.arrivals import Arrivals
 from kvist.engines.vllm.cartridges.messages import InjectPlan
@@ -25,7 +27,7 @@ from kvist.engines.vllm.cartridges.packing import Packed, Packer, layers_of
 from kvist.engines.vllm.messages import Load, StepReport
 from kvist.engines.vllm.pages import Done, GroupPages
 from kvist.engines.vllm.staging import unbind
-from kvist.errors import DamagedCartridge, EngineError, InvalidInput, KvistError, NotFound
+from kvist.errors import EngineError, InvalidInput, KvistError, NotFound
 from kvist.layout import Layout
 
 log = logging.getLogger("kvist.vllm")
@@ -60,6 +62,7 @@ class CartridgeWorker:
         self.arrivals = Arrivals()
         self._config, self._attention, self._entries = config, attention, entries
         self._directories: dict[str, str] = {}
+        self._loader = Loader(verify=config.verify)
         self._groups: list[GroupPages] = []
         self._packer: Packer | None = None
         self._residency: Residency[Packed] | None = None
@@ -88,7 +91,7 @@ class CartridgeWorker:
         capacity = self._config.capacity(largest)
         if largest > capacity:
             raise InvalidInput(f"host_bytes: expected room for the largest cartridge, {largest} bytes, got {capacity}")
-        self._residency = Residency(capacity, self._pack, self._size_of, check=self._verify)
+        self._residency = Residency(capacity, self._pack, self._size_of, check=self._check)
         for entry in entries:
             if entry.cartridge_id in self._config.preload:
                 self._directories[entry.manifest.identity] = str(entry.directory)
@@ -170,33 +173,27 @@ class CartridgeWorker:
 
     def _pack(self, identity: str) -> Packed:
         assert self._packer is not None
-        with self._open(identity) as cartridge:
-            return self._packer.pack(cartridge)
+        with self._loader.open(self._directory(identity), identity) as layers:
+            return self._packer.pack(layers.manifest, layers)
 
     def _size_of(self, identity: str) -> int:
         assert self._packer is not None
-        with self._open(identity) as cartridge:
-            return self._packer.size_of(cartridge.manifest)
+        return self._packer.size_of(read_manifest(self._directory(identity), identity))
 
-    def _verify(self, identity: str) -> None:
-        if self._config.verify:
-            with self._open(identity) as cartridge:
-                cartridge.verify()
+    def _check(self, identity: str) -> None:
+        """What can be seen before anything goes for it; what is wrong with the rest is seen while it is packed."""
+        self._loader.check(self._directory(identity), identity)
 
-    def _open(self, identity: str) -> Cartridge:
-        """The cartridge in the directory that was named last for it, whose bytes are not read yet.
+    def _directory(self, identity: str) -> Path:
+        """The one that was named last for it.
 
         Raises:
-            NotFound: none was named.
-            DamagedCartridge: another one is there by now.
+            NotFound: none was.
         """
         directory = self._directories.get(identity)
         if directory is None:
             raise NotFound(f"no directory is known of cartridge {identity}")
-        cartridge = Cartridge.from_pretrained(directory, verify=False)
-        if cartridge.identity != identity:
-            raise DamagedCartridge(f"{directory}: expected the cartridge {identity}, got {cartridge.identity}")
-        return cartridge
+        return Path(directory)
 
     def _load_ahead(self, entry: Entry) -> None:
         try:
