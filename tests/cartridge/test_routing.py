@@ -85,6 +85,16 @@ def test_explicit_by_another_key() -> None:
     assert router.resolve(params(cartridge_id="b")) is None
 
 
+def test_who_names_one_gets_no_other() -> None:
+    static = StaticCartridgeRouter("a")
+    assert static.choose(NOTHING) == static.choose(params(cartridge_id="a")) == "a"
+    with pytest.raises(InvalidInput, match="expected 'a', got 'b'"):
+        static.choose(params(cartridge_id="b"))
+    with pytest.raises(InvalidInput, match="expected None, got 'b'"):
+        ExplicitCartridgeRouter("document").choose(params(cartridge_id="b"))
+    assert ExplicitCartridgeRouter().choose(params(cartridge_id="b")) == "b"
+
+
 # -- static ------------------------------------------------------------------------------------------------------
 
 

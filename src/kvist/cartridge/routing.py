@@ -78,6 +78,18 @@ class CartridgeRouter(ABC):
             UnknownCartridge: the request asks for something that no id stands for.
         """
 
+    def choose(self, selection: Selection) -> str | None:
+        """As `resolve`, for a client: who names one cartridge never gets another, or none, unsaid.
+
+        Raises:
+            InvalidInput: it names one under `ID_KEY`, which this router does not go by, and which is not its choice.
+        """
+        chosen = self.resolve(selection)
+        named = None if ID_KEY in self.keys else selection.value(ID_KEY)
+        if named is not None and named != chosen:
+            raise InvalidInput(f"{ID_KEY}: here a request does not name it; expected {chosen!r}, got {named!r:.120}")
+        return chosen
+
 
 @dataclass(frozen=True, slots=True)
 class ExplicitCartridgeRouter(CartridgeRouter):
@@ -97,7 +109,7 @@ class ExplicitCartridgeRouter(CartridgeRouter):
 
 @dataclass(frozen=True, slots=True)
 class StaticCartridgeRouter(CartridgeRouter):
-    """Every request uses the same one, whatever it says."""
+    """Every request uses the same one."""
 
     cartridge_id: str
 

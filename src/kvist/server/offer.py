@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvist.cartridge.placing import Prefix, PrefixMode, parse_mode
-from kvist.cartridge.routing import CartridgeRouter, ExplicitCartridgeRouter, Selection
+from kvist.cartridge.routing import ID_KEY, CartridgeRouter, ExplicitCartridgeRouter, Selection
 from kvist.errors import CartridgeTooLarge, ResidencyFull, UnknownCartridge
 from kvist.server.errors import BadRequest
 from kvist.server.schema import Transfer
@@ -89,18 +89,18 @@ class Offer:
         """The id that the router comes to."""
         keys = self._router.keys
         for name in chosen:
-            if name not in keys:
+            if name not in keys and name != ID_KEY:
                 param = f"kv_transfer_params.{name}"[:200]
                 goes_by = ", ".join(sorted(keys)) or "nothing that a request says"
                 raise BadRequest(f"{param}: unknown field; this server's router goes by {goes_by}", param=param)
         if self.library is not None and (chosen or self._default is not None):
             self.library.nudge()
         try:
-            return self._router.resolve(Selection(chosen))
+            return self._router.choose(Selection(chosen))
         except UnknownCartridge:  # a label of a cartridge that came just now
             if self.library is None or not self.library.refresh():
                 raise
-            return self._router.resolve(Selection(chosen))
+            return self._router.choose(Selection(chosen))
 
 
 def open_offer(engine: Engine, config: CartridgeConfig) -> Offer:

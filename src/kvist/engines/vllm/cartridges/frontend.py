@@ -115,7 +115,7 @@ class Frontend:
         if self._served.waits:
             self.library.refresh()
         try:
-            cartridge_id = self._router.resolve(Selection(params, extra_args))
+            cartridge_id = self._router.choose(Selection(params, extra_args))
             if cartridge_id is None:
                 return None
             return self.library.get(cartridge_id) if self._served.waits else self.library.ready(cartridge_id)
