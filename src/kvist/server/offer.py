@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvist.cartridge.placing import Prefix, PrefixMode, parse_mode
 from kvist.cartridge.routing import ID_KEY, CartridgeRouter, ExplicitCartridgeRouter, Selection
-from kvist.errors import CartridgeTooLarge, ResidencyFull, UnknownCartridge
+from kvist.errors import CartridgeTooLarge, InvalidInput, ResidencyFull, UnknownCartridge
 from kvist.server.errors import BadRequest
 from kvist.server.schema import Transfer
 
@@ -97,6 +97,8 @@ class Offer:
             self.library.nudge()
         try:
             return self._router.choose(Selection(chosen))
+        except InvalidInput as error:
+            raise BadRequest(str(error), param=f"kv_transfer_params.{ID_KEY}") from None
         except UnknownCartridge:  # a label of a cartridge that came just now
             if self.library is None or not self.library.refresh():
                 raise
