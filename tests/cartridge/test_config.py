@@ -119,6 +119,8 @@ def test_the_served_model_by_its_configured_names() -> None:
         ({"registry": "r", "gpu_capacity_bytes": -1}, "gpu_capacity_bytes"),
         ({"registry": "r", "preload": "a"}, "preload"),
         ({"registry": "r", "preload": [1]}, "preload"),
+        ({"registry": "r", "other_params": "a"}, "other_params to be a list of names"),
+        ({"registry": "r", "other_params": [""]}, "other_params to be a list of names, got ''"),
         ({"registry": "r", "unknown": "ignore"}, "refuse, compute"),
         ({"registry": "r", "prefix": True}, "auto, virtual, prompt"),
         ({"registry": "r", "prefix": ["auto"]}, "auto, virtual, prompt"),
@@ -129,6 +131,14 @@ def test_the_served_model_by_its_configured_names() -> None:
 def test_refused(extra: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidInput, match=says):
         CartridgeConfig.from_extra(extra)
+
+
+def test_the_guide_names_every_key() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "cartridges.md").read_text()
+    table = page.partition("## Options")[2]
+    names = {field.name for field in dataclasses.fields(CartridgeConfig)} - {"sources"}
+    for name in names | {"cartridges", "cartridge_path", "manifest_path", "gpu_capacity_bytes"}:
+        assert f"`{name}`" in table, name
 
 
 # -- opening -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from kvist.cartridge.hub import resolve
+from kvist.errors import NotFound
+
 from .hub_fake import Hub, Repo
 from .making import make_cartridge
 
@@ -278,3 +281,9 @@ def test_a_directory_goes_before_a_repository(hub: Hub, call: Call, saved: Path,
     shutil.copytree(saved, tmp_path / "here")
     assert call("open", name=str(tmp_path / "here"))["result"]["directory"] == str(tmp_path / "here")
     assert hub.gets == []
+
+
+@pytest.mark.parametrize("name", ["/" + "x" * 5_000, "x" * 300 + "/", "a\0b"])
+def test_a_name_that_nothing_can_have(name: str) -> None:
+    with pytest.raises(NotFound, match="there is no directory"):
+        resolve(name)

@@ -20,7 +20,7 @@ def generate() -> str:
 
 def commands() -> Iterator[tuple[str, str, click.Command]]:
     """Section, name and command, in the order of `kvist --help`; those of a group after it."""
-    context = click.Context(main)
+    context = click.Context(main, **main.context_settings)
     for title, section in SECTIONS.items():
         for name in section:
             command = main.get_command(context, name)
@@ -31,7 +31,7 @@ def commands() -> Iterator[tuple[str, str, click.Command]]:
 def _with_those_below(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
     yield name, command
     if isinstance(command, click.Group):
-        context = click.Context(command)
+        context = click.Context(command, **command.context_settings)
         for below in command.list_commands(context):
             found = command.get_command(context, below)
             assert found is not None

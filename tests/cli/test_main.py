@@ -48,7 +48,7 @@ def test_every_error_has_its_exit_code(error: type[KvistError], kvist: Kvist, mo
     def fail(*_: object) -> None:
         raise error("it \x1b[1mbroke", hint="kvist fsck")
 
-    monkeypatch.setattr("kvist.repo.compare.stats", fail)
+    monkeypatch.setattr("kvist.repo.stats.count", fail)
     ran = kvist("stats")
     assert (ran.code, ran.out) == (error.exit_code, "")
     assert ran.err == "error: it \\x1b[1mbroke\nhint: kvist fsck\n"
@@ -74,7 +74,7 @@ def test_no_repository(tmp_path: Path, words: list[str]) -> None:
 
 
 def test_a_store_that_cannot_be(tmp_path: Path, kvist: Kvist) -> None:
-    ran = kvist("stats", "--store", "s3://bucket", "--json")
+    ran = kvist("stats", "--store", "s3://key:secret@bucket", "--json")
     assert (ran.code, ran.error["kind"]) == (2, "invalid_input")
     (tmp_path / "file").write_text("")
     ran = kvist("init", "--store", str(tmp_path / "file" / "below"), "--json")
@@ -109,7 +109,7 @@ def test_ctrl_c(kvist: Kvist, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvist.repo.compare.stats", interrupt)
+    monkeypatch.setattr("kvist.repo.stats.count", interrupt)
     ran = kvist("stats")
     assert (ran.code, ran.out, ran.err.strip()) == (130, "", "error: interrupted")
     ran = kvist("stats", "--json")
@@ -118,10 +118,10 @@ def test_ctrl_c(kvist: Kvist, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ctrl_c_in_a_process(kvist: Kvist) -> None:
     code = (
-        "import os, signal, kvist.repo.compare as c\n"
+        "import os, signal, kvist.repo.stats as c\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it\n"
         "from kvist.cli.main import main\n"
-        "c.stats = lambda repo: os.kill(os.getpid(), signal.SIGINT)\n"
+        "c.count = lambda repo: os.kill(os.getpid(), signal.SIGINT)\n"
         "main(['stats'])"
     )
     environment = os.environ | {"KVIST_STORE": kvist.url}

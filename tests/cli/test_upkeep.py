@@ -1,7 +1,8 @@
-"""`kvist init`, `stats`, `fsck` and `gc`."""
+"""`kvist init`, `stats`, `fsck`, `repair`, `prune` and `gc`."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,16 +68,40 @@ def test_stats(filled: Kvist) -> None:
 
 
 def test_fsck_of_what_is_whole(filled: Kvist) -> None:
-    assert filled.ok("fsck").out == "clean: 2 snapshots checked, 10 page halves read\n"
-    assert filled.ok("fsck", "--quick").out == "clean: 2 snapshots checked, 10 page halves looked up\n"
-    assert filled.ok("fsck", "--json").json == {
+    size = 10 * LAYOUT.page_bytes
+    read = f"clean: 2 snapshots with 10 page halves checked, {size:,} bytes of pages read ("
+    assert filled.ok("fsck").out.startswith(read)
+    assert filled.ok("fsck", "--quick").out == "clean: 2 snapshots with 10 page halves checked, pages looked up only\n"
+    found = filled.ok("fsck", "--json").json
+    assert found.pop("seconds") > 0
+    assert found == {
         "clean": True,
         "findings": [],
         "snapshots": 2,
         "pages": 10,
         "read_pages": True,
+        "complete": True,
+        "bytes_read": size,
+        "bytes_done": size,
+        "bytes_all": size,
     }
     assert filled.ok("fsck", "-q").out == ""
+
+
+def test_fsck_that_is_stopped_goes_on(filled: Kvist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("kvist.store.local.LocalStore.window", 1)
+    monkeypatch.setattr("kvist.store.local.LocalStore.parallel", 1)
+    first = filled.ok("fsck", "--max-duration", "0s", "--json").json
+    assert first["clean"] and not first["complete"] and 0 < first["bytes_done"] < first["bytes_all"]
+    (noted,) = (tmp_path / "kvist" / "fsck").iterdir()
+    assert filled.ok("fsck", "--max-duration", "0s").lines[-1].endswith("run it again to go on")
+    last = filled.ok("fsck", "--max-duration", "1h", "--json").json
+    assert last["complete"] and last["bytes_read"] < last["bytes_all"] == last["bytes_done"]
+    assert not noted.exists()
+    ran = filled("fsck", "--quick", "--max-duration", "1h")
+    assert ran.code == 2 and "--quick" in ran.err
+    assert filled("fsck", "--max-duration", "ten minutes").code == 2
 
 
 def test_fsck_names_a_flipped_byte(filled: Kvist) -> None:
@@ -90,12 +115,28 @@ def test_fsck_names_a_flipped_byte(filled: Kvist) -> None:
     (finding,) = ran.json["findings"]
     assert (finding["code"], finding["subject"]) == ("damaged_page", page)
     assert finding["affects"] == filled.ok("log", "a", "-q").lines
-    assert filled("fsck", "--quick", "-q").lines == [page]  # now it is marked
+    assert filled.ok("fsck", "--quick", "-q").lines == [], "a check writes nothing"
     human = filled("fsck")
     assert human.code == 3 and page in human.out and human.lines[-1].startswith("1 finding: ")
+    assert filled("repair", "--yes", "--json").json["done"][0]["act"] == "mark_copy"
+    assert filled("fsck", "--quick", "-q").lines == [page]
     with filled.opened() as repo:
         put_manifest(repo, 0, 2)  # the next put heals it
     filled.ok("fsck")
+
+
+def test_gc_refuses_what_the_last_fsck_found_and_still_is(
+    filled: Kvist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flip(filled, half(1))
+    filled.ok("gc", "--yes")  # nobody has read it yet
+    assert filled("fsck").code == 3
+    ran = filled("gc", "--yes", "--json")
+    assert (ran.code, ran.error["kind"]) == (20, "integrity") and "damaged_page" in ran.error["message"]
+    with filled.opened() as repo:
+        put_manifest(repo, 0, 2)
+    filled.ok("gc", "--yes")
 
 
 def test_fsck_finds_a_lost_segment_and_a_dangling_branch(filled: Kvist) -> None:
@@ -109,6 +150,103 @@ def test_fsck_finds_a_lost_segment_and_a_dangling_branch(filled: Kvist) -> None:
     assert [code for code, _ in filled_findings(filled)] == ["missing_page"] * 4
     ran = filled("gc", "--yes", "--min-age", "0s", "--json")
     assert (ran.code, ran.error["kind"], ran.error["hint"]) == (20, "integrity", "kvist fsck")
+
+
+# -- repair ------------------------------------------------------------------------------------------------------
+
+
+def test_repair_plans_then_mends(filled: Kvist, tmp_path: Path) -> None:
+    copy = Kvist(tmp_path / "copy")
+    shutil.copytree(filled.root, copy.root)
+    flip(filled, half(1))
+    segment_of(filled, half(20)).unlink()
+    plan = filled("repair", "--dry-run", "--from", copy.url, "--json")
+    assert plan.code == 3 and not plan.json["applied"] and plan.json["left"] == []
+    assert [step["act"] for step in plan.json["steps"]] == ["mark_copy"] + ["fetch_page"] * 7
+    human = filled("repair", "--dry-run", "--from", copy.url)
+    assert human.lines[0].startswith("mark copy blake3:") and " in segments/" in human.lines[0]
+    alone = filled("repair", "--dry-run")
+    assert "7 of 7 findings stay:" in alone.lines
+    assert filled("repair", "--dry-run", "-q").lines == [plan.json["steps"][0]["subject"]]
+    ran = filled("repair", "--yes", "--from", copy.url)
+    assert (ran.code, ran.out) == (0, "8 steps done\n")
+    assert filled.ok("repair", "--yes").out == "nothing to repair\n"
+    filled.ok("fsck")
+
+
+def test_repair_asks_people_and_no_program(filled: Kvist, monkeypatch: pytest.MonkeyPatch) -> None:
+    flip(filled, half(1))
+    ran = filled("repair")
+    assert ran.code == 2 and "--yes" in ran.err
+    monkeypatch.setattr("kvist.cli.output.Output.can_ask", True)
+    ran = filled("repair", stdin="n\n")
+    assert ran.code == 1 and ran.err.endswith("error: nothing was changed\n")
+    ran = filled("repair", stdin="y\n")
+    assert ran.code == 3 and ran.lines[0] == "1 steps done" and "damaged_page" in ran.out
+
+
+def test_repair_takes_a_branch_back_when_told_to(filled: Kvist) -> None:
+    (cid,) = filled.ok("log", "a", "-q").lines
+    with filled.opened() as repo:
+        made = repo.commit([put_manifest(repo, 20, 1)], branch="a")
+    (filled.root / "manifests" / made.manifests[0].removeprefix("sha256:")).unlink()
+    assert filled("repair", "--yes").code == 3
+    ran = filled("repair", "--dry-run", "--rewind")
+    assert ran.lines[0].startswith(f"rewind branch a to {cid.removeprefix('sha256:')[:12]}: ")
+    filled.ok("repair", "--yes", "--rewind")
+    assert filled.ok("log", "a", "-q").lines == [cid]
+    filled.ok("fsck")
+
+
+def test_repair_lists_what_an_unreadable_branch_may_have_named(filled: Kvist) -> None:
+    with filled.opened() as repo:
+        made = repo.commit([put_manifest(repo, 20, 1)], branch="new")
+    (filled.root / "refs" / "branches" / "new.ref").write_bytes(b"damaged")
+    ran = filled("repair", "--dry-run", "--rewind")
+    assert ran.code == 3 and ran.lines[-1] == f"perhaps {made.cid}" and "--mend" in ran.lines[-2]
+    filled.ok("branch", "--mend", "new", made.cid)
+    filled.ok("fsck")
+
+
+# -- prune -------------------------------------------------------------------------------------------------------
+
+
+def test_prune_plans_then_marks(filled: Kvist) -> None:
+    with filled.opened() as repo:
+        for number in range(3):
+            repo.commit([put_manifest(repo, 20 + number, 1)], branch="a")
+    newest, *older = filled.ok("log", "a", "-q").lines
+    plan = filled.ok("prune", "--keep-last", "1", "--dry-run", "--json").json
+    assert plan["snapshots"] == older[::-1] and plan["branches"] == [] and not plan["applied"]
+    human = filled.ok("prune", "--keep-last", "1", "--dry-run").lines
+    assert human[0].startswith("prune ") and human[-1].startswith("delete 0 branches, prune 3 snapshots")
+    done = filled.ok("prune", "--keep-last", "1", "--yes", "--json").json
+    assert done == plan | {"applied": True}
+    filled.ok("gc", "--yes", "--min-age", "0s")
+    assert filled.ok("log", "a", "-q").lines == [newest, *older]
+    assert [one["pruned"] for one in filled.ok("log", "a", "--json").json["snapshots"]] == [False, True, True, True]
+    assert sum("(pruned)" in line for line in filled.ok("log", "a").lines) == 3
+    shown = filled("show", older[0])
+    assert shown.code == 0 and "was pruned" in shown.err
+    assert filled("branch", "back", older[0], "--json").error["kind"] == "pruned_snapshot"
+    assert filled.ok("stats", "--json").json["pruned_snapshots"] == 3
+    filled.ok("fsck")
+
+
+def test_prune_by_size_and_by_age_of_branches(filled: Kvist) -> None:
+    plan = filled.ok("prune", "--max-bytes", "1KB", "--dry-run", "--json").json
+    assert plan["fits"] is False and plan["snapshots"] == []
+    plan = filled.ok("prune", "--delete-stale", "0s", "--branch", "b", "--dry-run", "--json").json
+    assert [branch["name"] for branch in plan["branches"]] == ["b"]
+    filled.ok("prune", "--delete-stale", "0s", "--branch", "b", "--yes")
+    assert filled.ok("branch", "-q").lines == ["a"]
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--keep-last", "-1"], ["--keep-within", "1y"], ["--max-bytes", "lots"], ["--delete-stale", "30d"]]
+)
+def test_prune_without_sense(filled: Kvist, words: list[str]) -> None:
+    assert filled("prune", "--yes", *words).code == 2
 
 
 def filled_findings(kvist: Kvist) -> list[tuple[str, str]]:

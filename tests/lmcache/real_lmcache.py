@@ -124,8 +124,7 @@ class Engine:
 
     def stop(self) -> None:
         if self.name in _running:
-            _running.remove(self.name)
-            LMCacheEngineBuilder.destroy(self.name)
+            _stop(self.name)
 
 
 def start(url: str, *, options: dict[str, Any] | None = None, memory_gb: float = 0.01, **config: Any) -> Engine:
@@ -157,6 +156,15 @@ def start(url: str, *, options: dict[str, Any] | None = None, memory_gb: float =
 
 def stop_all() -> None:
     """Stop every engine that still runs."""
-    for name in list(_running):
-        _running.remove(name)
-        LMCacheEngineBuilder.destroy(name)
+    while _running:
+        _stop(_running[0])
+
+
+def _stop(name: str) -> None:
+    """Stop an engine. Its storage manager ends the thread of its event loop, and leaves the loop open: whichever test
+    ran when that was collected would fail of a warning."""
+    manager = LMCacheEngineBuilder.get(name).storage_manager
+    _running.remove(name)
+    LMCacheEngineBuilder.destroy(name)
+    assert not manager.thread.is_alive()
+    manager.loop.close()

@@ -4,12 +4,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from kvist.repo import Manifest, RefKind, Repository, Snapshot, lock
+from kvist.repo import Manifest, RefKind, Repository, Snapshot, lease, lock
 from kvist.repo.fsck import Code
 from kvist.repo.objects import manifest_key, snapshot_key
 from kvist.store import LocalStore
 
-from .making import LAYOUT, halves, manifest, snapshot
+from .making import LAYOUT, digest, halves, manifest, snapshot
 
 FIXTURES = Path(__file__).parent.parent / "data" / "damaged"
 
@@ -39,6 +39,11 @@ def build(root: Path, code: Code) -> None:
             case Code.DAMAGED_PAGE:
                 key = repo.pages.homes(next(iter(repo.manifest(third.manifests[0]).digests)))[0]
                 _flip(store, key, 5)
+            case Code.DAMAGED_COPY:
+                before = {info.key for info in store.list("segments/")}
+                repo.pages.rewrite([digest(halves(2, 2)[0])])  # now it lies in two segments
+                (key,) = {info.key for info in store.list("segments/")} - before
+                _flip(store, key, 5)
             case Code.WRONG_PAGE_SIZE:
                 data = [bytes([1]) * (LAYOUT.page_bytes - 1)] * 2
                 repo.pages.put(data)
@@ -48,6 +53,10 @@ def build(root: Path, code: Code) -> None:
                 _flip(store, key, -1)
             case Code.DAMAGED_LOCK:
                 store.put(lock.KEY, b"{}")
+            case Code.DAMAGED_LEASE:
+                store.put(f"{lease.PREFIX}{0:032x}", b"{}")
+            case Code.DAMAGED_SIGNATURE:
+                store.put(f"signatures/{third.cid.removeprefix('sha256:')}/{0:064x}", b"{}")
             case Code.STRAY_OBJECT:
                 _flip(store, snapshot_key(unnamed.cid), 20)
     shutil.rmtree(root / ".tmp", ignore_errors=True)

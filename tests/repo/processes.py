@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from kvist.errors import Conflict, IntegrityError, KvistError, Locked, NotFound
-from kvist.repo import RefKind, Repository, gc
+from kvist.repo import RefKind, Repository, gc, transfer
 from kvist.store import LocalStore
 from kvist.testing.faults import CrashingStore
 
-from .making import digest, halves, manifest, read_back, snapshot
+from .making import LAYOUT, digest, halves, manifest, read_back, snapshot
 
 TESTS = Path(__file__).parent.parent
 
@@ -84,6 +84,18 @@ def commit_many(root: str, seed: str, rounds: str) -> None:
                 print(made.cid, 0 if i % 2 else seed, i // 2 if i % 2 else i, branch, tries, flush=True)
         assert read_back(repo, f"own/{seed}") == data
     assert digest(data[0]) in manifest(data).digests
+
+
+def push(source: str, target: str, write: str, after: str) -> None:
+    """Push everything, in batches of three page halves, and say how many bytes went; be killed at that store write."""
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store = CrashingStore(LocalStore(Path(target), durable=False), int(write), after=after == "after", crash=die)
+    with Repository.open(LocalStore(Path(source))) as here, Repository.open(store) as there:
+        plan = transfer.plan(here, there, everything=True)
+        print(transfer.apply(here, there, plan, batch_bytes=3 * LAYOUT.page_bytes).page_bytes, flush=True)
 
 
 class Uncleaned(LocalStore):

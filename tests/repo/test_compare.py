@@ -5,7 +5,7 @@ import pytest
 
 from kvist.errors import NotFound
 from kvist.repo import LogicalSeq, Manifest, Repository
-from kvist.repo.compare import diff, stats
+from kvist.repo.compare import diff
 
 from .making import LAYOUT, halves, manifest, snapshot
 
@@ -57,24 +57,3 @@ def test_each_side_counts_by_its_own_page_size(repo: Repository) -> None:
     found = diff(repo, "a", "b")
     assert not found.same_layout
     assert [(s.tokens_a, s.tokens_b) for s in found.sequences] == [(4, 8)]
-
-
-def test_stats(repo: Repository) -> None:
-    assert stats(repo).dedup == 1.0
-    snapshot(repo, halves(2))
-    snapshot(repo, halves(3))
-    repo.tag("v1", "main")
-    snapshot(repo, halves(1, 9), None)
-    found = stats(repo)
-    assert (found.branches, found.tags, found.snapshots, found.unreachable_snapshots, found.manifests) == (
-        1,
-        1,
-        3,
-        1,
-        3,
-    )
-    assert (found.logical_bytes, found.page_bytes, found.tokens) == (10 * HALF, 6 * HALF, 20)
-    assert found.dedup == 10 / 6
-    assert (found.segments, found.damaged_pages) == (3, 0)
-    assert found.stored_bytes == sum(info.size for info in repo.store.list())
-    assert json.loads(json.dumps(found.to_json()))["dedup"] == 10 / 6

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from kvist.store import LocalStore, Store
+from kvist.store import LocalStore, Store, open_store
+from kvist.testing.objects import ObjectServer
 from kvist.testing.repo import RepositoryMachine
 
 
@@ -31,6 +32,17 @@ def test_agrees_with_the_model_in_memory() -> None:
 
 def test_agrees_with_the_model_on_disk() -> None:
     run(LocalMachine, 5, 40)
+
+
+@pytest.mark.parametrize("server", ["moto", "seaweed"])
+def test_agrees_with_the_model_in_a_bucket(request: pytest.FixtureRequest, server: str) -> None:
+    bucket: ObjectServer = request.getfixturevalue(server)
+
+    class BucketMachine(RepositoryMachine):
+        def make_store(self) -> Store:
+            return open_store(bucket.new_url())
+
+    run(BucketMachine, 2, 20)
 
 
 @pytest.mark.slow

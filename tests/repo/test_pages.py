@@ -1,5 +1,6 @@
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +10,17 @@ from kvist.errors import AlreadyExists, DamagedPage, IntegrityError, InvalidInpu
 from kvist.hashing import Buffer
 from kvist.repo import Repository, batch, fsck, gc, segment
 from kvist.repo.pages import PageStore
-from kvist.store import LocalStore, MemoryStore, MeteredStore, ObjectWriter, Range, ReadOnlyStore, Store, WrapperStore
+from kvist.store import (
+    LocalStore,
+    MemoryStore,
+    MeteredStore,
+    ObjectInfo,
+    ObjectWriter,
+    Range,
+    ReadOnlyStore,
+    Store,
+    WrapperStore,
+)
 
 from .making import LAYOUT, digest, halves, manifest, read_back, snapshot
 from .processes import TESTS
@@ -259,6 +270,7 @@ class UnreadableStore(WrapperStore):
     """Cannot read the bytes at ``bad``, as a `LocalStore` on a disk with a bad block."""
 
     bad: tuple[str, range] | None = None
+    has_views = False  # type: ignore[assignment]
 
     def _check(self, key: str, start: int, size: int) -> None:
         if self.bad is None or key != self.bad[0]:
@@ -443,12 +455,92 @@ def test_a_put_is_seen_by_a_refresh_that_began_before_it(store: Store) -> None:
                 act()
             return iter(listed)
 
+    def put() -> None:
+        pages.refresh = lambda: None  # type: ignore[method-assign]  # its own ended before the slow one began
+        pages.put([b"meanwhile"])
+
     slow = Slow(store)
     pages = opened(slow)
-    slow.between = lambda: pages.put([b"meanwhile"])  # type: ignore[method-assign,assignment,return-value]
+    slow.between = put  # type: ignore[method-assign,assignment]
     pages.refresh()
     assert pages.size(digest(b"meanwhile")) == 9
     pages.close()
+
+
+def test_a_slow_refresh_brings_nothing_back_that_another_has_seen_deleted() -> None:
+    class Slow(WrapperStore):
+        """Waits once it has read an index."""
+
+        read, go_on = threading.Event(), threading.Event()
+
+        def get(self, key: str, *, start: int = 0, size: int | None = None) -> bytes:
+            data = super().get(key, start=start, size=size)
+            self.read.set()
+            assert self.go_on.wait(10)
+            return data
+
+    store = MemoryStore()
+    slow, writer = Slow(store), opened(store)
+    pages = opened(slow)
+    (name,) = writer.put([b"a"]).digests
+    refreshes = [threading.Thread(target=pages.refresh) for _ in range(3)]
+    refreshes[0].start()
+    assert slow.read.wait(10)
+    store.delete(writer.homes(name))
+    for refresh in refreshes[1:]:
+        refresh.start()
+    slow.go_on.set()
+    for refresh in refreshes:
+        refresh.join()
+    assert pages.homes(name) == []
+    pages.close()
+    writer.close()
+
+
+def test_refreshes_that_wait_share_one_that_began_after_they_asked() -> None:
+    class Slow(WrapperStore):
+        listed, waiting, go_on = 0, threading.Event(), threading.Event()
+
+        def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+            if prefix == segment.PREFIX:
+                self.listed += 1
+                self.waiting.set()
+                assert self.go_on.wait(10)
+            return super().list(prefix)
+
+    slow = Slow(MemoryStore())
+    slow.go_on.set()
+    pages = opened(slow)
+    slow.waiting.clear()
+    slow.go_on.clear()
+    refreshes = [threading.Thread(target=pages.refresh) for _ in range(5)]
+    refreshes[0].start()
+    assert slow.waiting.wait(10)
+    for refresh in refreshes[1:]:
+        refresh.start()
+    time.sleep(0.1)
+    slow.go_on.set()
+    for refresh in refreshes:
+        refresh.join()
+    assert slow.listed < 1 + 5
+    pages.close()
+
+
+def test_an_index_that_came_wrong_is_read_again(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    writer = opened(store)
+    (name,) = writer.put([b"a"]).digests
+    (key,) = writer.homes(name)
+    whole = store.get(key)
+    store.put(key, whole[:-1])
+    pages = opened(store)
+    for _ in range(2):
+        assert list(pages.broken_segments()) == [key]
+        pages.refresh()
+    assert sum("count as missing" in message for message in caplog.messages) == 1
+    store.put(key, whole)
+    assert pages.get(name) == b"a" and pages.broken_segments() == {}
+    pages.close()
+    writer.close()
 
 
 def test_a_refresh_reads_only_what_is_new() -> None:

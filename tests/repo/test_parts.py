@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from kvist.errors import InvalidInput, InvalidManifest, MissingPage
 from kvist.repo import LogicalSeq, Manifest, PageEntry, Repository, fsck, gc
-from kvist.repo.compare import PartDiff, SequenceDiff, diff, stats
+from kvist.repo.compare import PartDiff, SequenceDiff, diff
 from kvist.repo.objects import manifest_key
 from kvist.repo.snapshot import check_parts
+from kvist.repo.stats import count
 
 from .making import LAYOUT, commit_parts, digest, halves, manifest, parts, read_back, snapshot
 
@@ -117,7 +118,7 @@ def test_diff_counts_a_sequence_without_token_ids_by_its_longest_part(repo: Repo
 def test_stats_count_the_pages_of_every_part(repo: Repository) -> None:
     made, _ = commit_parts(repo)
     commit_parts(repo)
-    found = stats(repo)
+    found = count(repo)
     assert found.page_bytes == 2 * 6 * SMALL + 2 * 4 * LARGE == found.logical_bytes // 2
     assert (found.snapshots, found.manifests, found.tokens) == (2, 4, 24)
     assert repo.snapshot("main").parents == (made.cid,)

@@ -25,7 +25,8 @@ from kvist.layout import Layout
 from kvist.repo import LogicalSeq, Manifest, PageEntry, RefKind, Repository, Snapshot, fsck, gc, lock
 from kvist.repo.objects import manifest_key, snapshot_key
 from kvist.store import LocalStore, MemoryStore, Store
-from kvist.testing.faults import CrashingStore, SimulatedCrash
+from kvist.testing.faults import CrashingStore, Rot, SimulatedCrash
+from kvist.testing.faulty import FaultyStore
 
 from .making import LAYOUT, digest, halves, manifest, read_back, snapshot
 
@@ -68,6 +69,25 @@ def test_refuses_a_config_it_cannot_read(config: bytes) -> None:
     store.put("kvist.json", config)
     with pytest.raises(InvalidManifest):
         Repository.open(store)
+
+
+@pytest.mark.parametrize("keep", ["refs/branches/", "refs/tags/", "segments/", "snapshots/"])
+def test_a_repository_whose_config_is_lost_is_not_made_anew(store: Store, keep: str) -> None:
+    """Its salt and its quota would be gone with it."""
+    with Repository.init(store) as repo:
+        snapshot(repo, halves(1))
+        repo.tag("v1", "main")
+        config = store.get("kvist.json")
+        store.delete([info.key for info in store.list() if not info.key.startswith(keep)])
+        before = stored(repo)
+        with pytest.raises(RepositoryNotFound, match=r"kvist\.json is gone") as raised:
+            Repository.open(store, create=True)
+        assert raised.value.hint == "put kvist.json back from a copy"
+        with pytest.raises(RepositoryNotFound):
+            Repository.init(store)
+        assert stored(repo) == before
+        store.put("kvist.json", config)
+        assert Repository.open(store, create=True).id == repo.id
 
 
 def test_opening_and_reading_what_is_not_there_creates_nothing(tmp_path: Path) -> None:
@@ -282,6 +302,16 @@ def test_damaged_and_missing_objects_are_named_and_healed(repo: Repository) -> N
 
 
 # -- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_byte_on_the_way_is_read_again(repo: Repository) -> None:
+    made = snapshot(repo, halves(2))
+    for ops in ({"get"}, {"get_ranges"}):
+        store = FaultyStore(repo.store, Rot(ops=ops, prefix="m" if ops == {"get"} else "segments/", times=1))  # type: ignore[arg-type]
+        with Repository.open(store) as other:
+            assert read_back(other, made.cid) == halves(2)
+        assert store.fired and not repo.pages.damaged_places()
+    assert not [*repo.store.list("damaged/")]
 
 
 def test_resolve(repo: Repository) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from kvist.engines.hf import Engine, HfPager, SamplingParams
 from kvist.repo import Repository
@@ -93,7 +93,7 @@ def error_of(answer: httpx2.Response, status: int, code: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def running(app: Starlette) -> Iterator[str]:
+def running(app: ASGIApp) -> Iterator[str]:
     """The url of a real server on a free port."""
     ready = threading.Event()
     with bind("127.0.0.1", 0) as listener:

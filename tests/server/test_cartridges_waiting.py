@@ -18,7 +18,8 @@ from kvist.cartridge.snapshots import to_repository
 from kvist.engines.hf import Engine
 from kvist.errors import CartridgeTooLarge, ResidencyFull, StoreError
 from kvist.repo import Repository
-from kvist.server.cartridges import CartridgeBody, _add
+from kvist.server.cartridges import _add
+from kvist.server.schema import CartridgeBody
 
 from .conftest import Api, error_of
 from .test_cartridges import GREEDY, QUESTION, cartridges, opened, trained, using

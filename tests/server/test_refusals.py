@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvist.server.schema import _HARMLESS, _NEUTRAL
+from kvist.server.schema import _NEUTRAL, HARMLESS
 
 from .conftest import Api, error_of
 
@@ -102,7 +102,13 @@ def test_a_boolean_is_no_number(api: Api) -> None:
 
 
 def test_harmless_fields(api: Api) -> None:
-    assert api.complete("a", max_tokens=1, **dict.fromkeys(_HARMLESS, "anything"))
+    assert api.complete("a", max_tokens=1, **dict.fromkeys(HARMLESS, "anything"))
+
+
+def test_a_request_s_name_is_remembered_and_bounded(api: Api) -> None:
+    api.complete("a", max_tokens=1, headers={"X-Request-Id": "x" * 200})
+    refused = api.post("/v1/completions", {"prompt": "a"}, **{"X-Request-Id": "x" * 201})
+    assert "X-Request-Id" in error_of(refused, 400, "invalid_input")["message"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvist.engines.hf import Engine
+from kvist.repo import RefKind, gc, lease
 
 from .conftest import Api, error_of, serving
 
@@ -309,3 +311,16 @@ def test_heads_of_sequences_that_are_gone_are_forgotten(own: Api) -> None:
         (sequence,) = own.fork("checkout", cid=cid)["sequences"]
         own.engine.drop(sequence["engine_id"])
     assert list(own.sessions._engine_heads) == [cid]
+
+
+def test_a_gc_leaves_what_the_engine_continues(own: Api) -> None:
+    answer = own.complete(PROMPT, max_tokens=2)
+    base = own.fork("snapshot", request_id=answer["id"], name="demo")["cid"]
+    own.fork("checkout", cid=base)
+    while base not in lease.read(own.repo.store).cids:
+        time.sleep(0.01)
+    own.repo.delete_ref(RefKind.BRANCH, "demo")
+    assert base not in gc.apply(own.repo, gc.plan(own.repo, min_age=0)).snapshots
+    assert own.fork("snapshot", request_id=answer["id"])["parents"] == [base]
+    own.sessions.close()
+    assert not lease.read(own.repo.store).live

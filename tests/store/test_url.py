@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from kvist.errors import InvalidInput
-from kvist.store import LocalStore, MemoryStore, open_store
+from kvist.store import LocalStore, MemoryStore, PrefixStore, ReadOnlyStore, open_store
 
 
 def test_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +33,17 @@ def test_memory_is_always_new() -> None:
     assert one != two
 
 
+def test_buckets_and_web_servers_are_opened_without_being_touched() -> None:
+    pytest.importorskip("obstore")
+    assert open_store("s3://bucket/a/").url == "s3://bucket/a"
+    assert open_store("GS://bucket").url == "gs://bucket"
+    assert open_store("az://container/x?account=me").url == "az://container/x?account=me"
+    assert isinstance(open_store("https://host/repo"), ReadOnlyStore)
+    assert open_store("s3://b/tenants/a?region=eu-north-1") == PrefixStore(
+        open_store("s3://b?region=eu-north-1"), "tenants/a"
+    )
+
+
 @pytest.mark.parametrize(
     ("url", "says"),
     [
@@ -43,10 +54,17 @@ def test_memory_is_always_new() -> None:
         ("file:///a?durable=2", "durable=0"),
         ("file:///a?sync=0", "durable=0"),
         ("memory:3", "memory: alone"),
-        ("s3://bucket/x", "not in this version"),
-        ("gs://bucket/x", "not in this version"),
-        ("ftp://host/x", "unknown scheme: expected file:///absolute/path, a path, or memory:"),
+        ("s3://", "expected s3://BUCKET/PREFIX"),
+        ("https://", "expected https://HOST/PATH"),
+        ("s3://bucket?secret=1", "never carries a secret"),
+        ("ftp://host/x", "unknown scheme: expected file:///absolute/path, a path, memory:, s3://"),
         ("c:dir", "unknown scheme"),
+        ("oci:/layout:v1/tenants/a", "without another ':'"),
+        ("oci:a:b:v1", "without another ':'"),
+        ("/a\0b", "no zero bytes"),
+        ("file:///a%00b", "no zero bytes"),
+        ("oci:/a\0:t", "no zero bytes"),
+        ("s3://bucket/a\0", "no zero bytes"),
     ],
 )
 def test_what_it_refuses(url: str, says: str) -> None:

@@ -40,6 +40,7 @@ class TestMeteredStore(StoreTests):
             writer.commit()
         store.get("a", size=2)
         store.get_ranges("a", [Range(0, memoryview(bytearray(3))), Range(4, memoryview(bytearray(1)))])
+        store.view("a", 1, 3)
         store.head("a")
         store.delete(["a", "b"])
         [*store.list()]
@@ -51,11 +52,12 @@ class TestMeteredStore(StoreTests):
             "writer": Traffic(1, 1, 3),
             "get": Traffic(2, 2, 2),
             "get_ranges": Traffic(1, 1, 4),
+            "view": Traffic(1, 1, 3),
             "head": Traffic(1, 1, 0),
             "delete": Traffic(1, 2, 0),
             "list": Traffic(1, 0, 0),
         }
-        assert (store.bytes_written, store.bytes_read) == (11, 6)
+        assert (store.bytes_written, store.bytes_read) == (11, 9)
         store.reset()
         assert store.traffic() == {}
 
@@ -87,6 +89,8 @@ class TestDelayedStore(StoreTests):
         assert seconds() == 1.0
         store.get_ranges("a", [Range(0, memoryview(bytearray(10))), Range(10, memoryview(bytearray(10)))])
         assert seconds() == 2.5
+        store.view("a", 5, 15)
+        assert seconds() == 2.0
         with store.writer("d") as writer:
             writer.write(bytes(15))
             writer.commit()
@@ -118,5 +122,6 @@ def test_read_only() -> None:
     assert store.get("a/b") == b"123"
     out = bytearray(2)
     store.get_ranges("a/b", [Range(1, memoryview(out))])
+    assert store.view("a/b", 1, 2) == b"23"
     assert out == b"23"
     assert [*store.list("a/")] == [store.head("a/b")]

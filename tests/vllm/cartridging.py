@@ -15,7 +15,8 @@ from kvist.cartridge.model import ModelIdentity
 from kvist.cartridge.snapshots import from_repository
 from kvist.hashing.weights import revision
 from kvist.repo import Repository
-from kvist.testing.vllm import Completion, Step, VllmServer
+from kvist.testing.answers import Completion, Step
+from kvist.testing.vllm import VllmServer
 
 CARTRIDGES = "/v1/kvist/cartridges"
 BLOCK = 32

@@ -12,7 +12,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from kvist.repo import Manifest, Repository
-from kvist.testing.vllm import Completion, Step, Stream, VllmServer
+from kvist.testing.answers import Completion, Step, Stream
+from kvist.testing.vllm import VllmServer
 
 SNAPSHOT = "/v1/processfork/snapshot"
 CHECKOUT = "/v1/processfork/checkout"

@@ -34,7 +34,8 @@ from replaying import (
     prompt,
 )
 
-from kvist.testing.vllm import Completion, VllmServer
+from kvist.testing.answers import Completion
+from kvist.testing.vllm import VllmServer
 
 CASES = cases((1, 31, 32, 33, 500, 1900), seed=50)
 NAMES = [case.name for case in CASES]

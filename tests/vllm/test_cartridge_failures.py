@@ -126,8 +126,10 @@ def put(path, token):
     shard.write_bytes(data)
 
 def refused(name):
+    params = sampling(name)
+    params.repetition_penalty = 1.2  # of all ids, those of the document too
     try:
-        return ask(llm, question, name, repetition_penalty=1.2)
+        return shown(llm.generate({"prompt_token_ids": question}, params, use_tqdm=False)[0])
     except Exception as error:
         return str(error)
 

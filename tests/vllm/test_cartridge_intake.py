@@ -30,7 +30,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.metrics.stats import PrefillStats
 import kvist.engines.vllm.plugin as plugin
-from kvist.engines.vllm import arriving, intake
+from kvist.engines.vllm import arriving, bodies, intake
 
 model, cartridges, document, multi = arguments
 plugin.register(); plugin.register()
@@ -113,7 +113,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 for _ in range(2):
-    intake._watch_bodies(InputProcessor.process_inputs.frontends)
+    bodies.watch(InputProcessor.process_inputs.frontends.all)
 def body(**fields):
     return CompletionRequest(model="m", prompt=[1], max_tokens=4, **fields)
 def named(name):
@@ -373,7 +373,8 @@ import prometheus_client
 from pathlib import Path
 from types import SimpleNamespace
 from kvist.engines.vllm import intake
-from kvist.engines.vllm.cartridges.metrics import COUNTERS, GAUGES, InjectionMetrics
+from kvist.engines.vllm.cartridges.metrics import CATALOGUE, GAUGES
+from kvist.engines.vllm.metrics import ConnectorMetrics
 model, cache = arguments
 made = []
 class Metric(SimpleNamespace):
@@ -383,7 +384,7 @@ class Metric(SimpleNamespace):
         return self
 types = {kind: Metric for kind in (prometheus_client.Gauge, prometheus_client.Counter, prometheus_client.Histogram)}
 config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector="x"))
-InjectionMetrics(config, types, ["engine"], {0: ["0"]})
+ConnectorMetrics(CATALOGUE, config, types, ["engine"], {0: ["0"]})
 out = {"modes": {one["name"]: one.get("multiprocess_mode") for one in made if "kvist" in one["name"]}}
 out["gauges"] = [f"vllm:kvist_cartridge_{name}" for name in GAUGES]
 
@@ -425,3 +426,22 @@ def test_a_model_that_vllm_fetched_is_found_where_it_was_put(aside: dict[str, An
     kind, text = aside["not fetched"]
     assert kind == "UnsupportedModel"
     assert "org/other" in text
+
+
+_READ_BY_VLLM = """
+import importlib.util, re
+from pathlib import Path
+from kvist.engines.vllm.cartridges.fields import check_fields
+found = set()
+for path in Path(importlib.util.find_spec("vllm").origin).parent.glob("distributed/kv_transfer/**/*.py"):
+    found |= set(re.findall(r"params(?:[.]get[(]|\\[)\\W+(\\w+)\\W", path.read_text()))
+for name in found:
+    check_fields({"kv_transfer_params": {name: 1}}, (), ())
+emit(sorted(found))
+"""
+
+
+def test_fields_that_vllm_s_own_connectors_read_are_not_refused(run_offline: Callable[..., Any]) -> None:
+    """By its sources; what is new there must be added."""
+    found = run_offline(_READ_BY_VLLM)
+    assert {"do_remote_prefill", "remote_block_ids", "transfer_id", "tp_size"} <= set(found)

@@ -6,7 +6,6 @@ no setting of kvist's own, and asked as the guide asks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,8 +170,3 @@ def test_several_cartridges(start: Callable[..., VllmServer], guide: Guide, here
         body = {"prompt": "x", "stream": stream, **named("doc_c")}
         assert "doc_a, doc_b" in error_of(server.http.post("/v1/completions", json=body), 404)
     server.stop()
-
-
-def test_the_configurations_are_json_of_the_guide() -> None:
-    for text, keys in ((SINGLE, {"cartridge_path"}), (SEVERAL, {"cartridges", "router"})):
-        assert set(json.loads(text)["kv_connector_extra_config"]) == keys

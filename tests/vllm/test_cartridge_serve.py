@@ -32,7 +32,8 @@ from cartridging import (
 )
 from replaying import GREEDY, at_once, error_of, prompt
 
-from kvist.testing.vllm import Completion, VllmServer
+from kvist.testing.answers import Completion
+from kvist.testing.vllm import VllmServer
 
 LENGTHS = {"aligned": 3 * BLOCK, "long": 10 * BLOCK, "tail": 5 * BLOCK + 13}
 """Tokens of the documents."""
@@ -315,12 +316,95 @@ def test_the_longest_that_fits(server: VllmServer, books: dict[str, Book]) -> No
     """As many tokens as there is room for, cartridge and prompt counted."""
     room = 5
     question = prompt(LONGEST - LENGTHS["tail"] - room, seed=48)
-    got = ask(server, question, "tail", max_tokens=1000)
+    got = ask(server, question, "tail", max_tokens=LONGEST - len(question))  # all that vLLM itself would grant
     assert (len(got.steps), got.finish_reason) == (room, "length")
     whole = ask(server, [*books["tail"].ids, *question], cache_salt="longest", max_tokens=room)
     # chunks of a long prefill begin elsewhere, which is not the same to the last bit
     assert got.steps[0].token_id == whole.steps[0].token_id
     assert abs(got.steps[0].logprob - whole.steps[0].logprob) < 0.05
+
+
+# -- other routes --------------------------------------------------------------------------------------------------
+
+_CHAT = [{"role": "user", "content": "What is it?"}]
+_SAMPLED = {"max_tokens": ANSWER, "temperature": 0.0}
+
+
+def _routes(server: VllmServer) -> dict[str, dict[str, Any]]:
+    """Bodies for routes beside OpenAI's, which not every vLLM has."""
+    model = server.get("/v1/models")["data"][0]["id"]
+    return {
+        "/inference/v1/generate": {
+            "token_ids": prompt(9, seed=52),
+            "sampling_params": {**_SAMPLED, "ignore_eos": True},
+        },
+        "/v1/messages": {"model": model, "messages": _CHAT, **_SAMPLED},
+        "/v1/chat/completions/batch": {"messages": [_CHAT, _CHAT], **_SAMPLED},
+    }
+
+
+def _takes_params(server: VllmServer, path: str) -> bool:
+    """Whether the route's body has the field; vLLM drops what a body does not have."""
+    document = server.get("/openapi.json")
+    route = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    body = document["components"]["schemas"][route["$ref"].rpartition("/")[2]]
+    return "kv_transfer_params" in body["properties"] or body.get("additionalProperties") is True
+
+
+def _said(answer: dict[str, Any]) -> Any:
+    """What was sampled, by whichever name."""
+    choices = answer.get("choices")
+    if choices is None:
+        return answer["content"][0]["text"]
+    return [choice.get("token_ids") or choice["message"]["content"] for choice in choices]
+
+
+@pytest.mark.parametrize("path", ["/inference/v1/generate", "/v1/messages", "/v1/chat/completions/batch"])
+def test_other_routes(server: VllmServer, books: dict[str, Book], path: str) -> None:
+    """The cartridge that is named, or a refusal; never an answer without it."""
+    if path not in server.get("/openapi.json")["paths"]:
+        pytest.skip(f"this vLLM has no {path}")
+    if not _takes_params(server, path):
+        pytest.skip(f"{path} of this vLLM has no kv_transfer_params")
+    body = _routes(server)[path]
+    plain, placed = server.post(path, body), server.post(path, body | named("tail"))
+    assert _said(placed) != _said(plain)
+    if path == "/inference/v1/generate":
+        assert _said(placed) == [ask(server, body["token_ids"], "tail").token_ids]
+    else:
+        expected = server.chat(("user", "What is it?"), **_SAMPLED, **named("tail")).text
+        assert _said(placed) == ([expected] * 2 if path.endswith("batch") else expected)
+    if not path.endswith("batch"):  # whose answer has no place for it
+        assert placed["kv_transfer_params"]["cartridge"]["id"] == "tail"
+    for params, status, text in (
+        ({"cartridge_id": "nobody"}, 404, "nobody"),
+        ({"cartridge_lable": "tail"}, 400, "kv_transfer_params.cartridge_lable: nobody reads"),
+        ({"cartridge_id": "tail", "kvist_cartridge": {}}, 400, "only kvist itself"),
+    ):
+        for stream in (False, True) if not path.endswith("batch") else (False,):
+            refused = server.http.post(path, json=body | {"stream": stream, "kv_transfer_params": params})
+            assert refused.status_code == status, refused.text
+            assert text in refused.text
+
+
+_SHORT: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": _CHAT, "max_tokens": 2},
+    "/v1/responses": {"input": "x", "max_output_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("path", _SHORT)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_field_that_nobody_reads(server: VllmServer, books: dict[str, Book], path: str, stream: bool) -> None:
+    """Such as a misspelt one: refused, and not answered without a cartridge. Those of other connectors pass."""
+    body = _SHORT[path] | {"stream": stream}
+    for place in ("kv_transfer_params", "vllm_xargs"):
+        message = error_of(server.http.post(path, json=body | {place: {"cartridge_lable": "tail"}}), 400)
+        assert "cartridge_lable: nobody reads this field" in message
+    others = {"do_remote_decode": False, "snapshot": None, "lmcache.tag.tenant": "a"}
+    answer = server.http.post(path, json=body | {"kv_transfer_params": others})
+    assert answer.status_code == 200, answer.text
 
 
 # -- what comes and goes -------------------------------------------------------------------------------------------
@@ -401,8 +485,22 @@ def test_a_file_that_is_damaged_while_serving(server: VllmServer, books: dict[st
 
 
 def test_stats_say_what_was_loaded(server: VllmServer, books: dict[str, Book]) -> None:
-    (rank,) = server.get("/v1/kvist/stats")["ranks"]
-    assert all(isinstance(value, int | float) and value >= 0 for value in rank.values() if not isinstance(value, dict))
+    ask(server, prompt(9, seed=53), "long")  # so that it is in host memory
+
+    def stats() -> dict[str, Any]:
+        (rank,) = server.get("/v1/kvist/stats")["ranks"]
+        return dict(rank)
+
+    before = stats()
+    ask(server, prompt(9, seed=54), "long", cache_salt="no block is there")
+    after = stats()
+    grown = {name: after[name] - before[name] for name in ("injections", "injections_failed", "pages_injected", "hits")}
+    pages = LENGTHS["long"] // BLOCK
+    assert grown == {"injections": 1, "injections_failed": 0, "pages_injected": pages, "hits": 1}
+    assert after["bytes_injected"] - before["bytes_injected"] == pages * (
+        after["bytes_injected"] / after["pages_injected"]
+    )
+    assert after["resident"] >= 1 and after["in_use"] == 0
 
 
 def test_validate(server: VllmServer, books: dict[str, Book], note: Callable[[str], None]) -> None:

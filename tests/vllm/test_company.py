@@ -65,12 +65,17 @@ def test_a_client_that_leaves_while_its_pages_come(pasts: dict[str, Past], fresh
 
 
 def test_a_tenant_s_sequence_is_hit_by_no_other(pasts: dict[str, Past], fresh: VllmServer) -> None:
-    """Its ``cache_salt`` is part of what a prompt is matched by; naming the sequence is another matter."""
+    """Its ``cache_salt`` is part of what a prompt is matched by, and of what who names the sequence must bring."""
     before = pasts["tenant"]
     check_out(fresh, before)
     params = {"max_tokens": 4, **GREEDY}
     assert fresh.complete(before.token_ids, **params).cached_tokens == 0
     assert fresh.complete(before.token_ids, cache_salt="tenant-b", **params).cached_tokens == 0
+    own_blocks = (before.tokens - 1) // 32 * 32  # of the two requests above, in vLLM's own prefix cache
+    assert fresh.resume(before.cid, before.sequence, **params).cached_tokens == own_blocks
+    assert fresh.resume(before.cid, before.sequence, cache_salt="tenant-b", **params).cached_tokens == own_blocks
+    named = fresh.resume(before.cid, before.sequence, cache_salt="tenant-a", **params)
+    assert named.cached_tokens == before.tokens - 1
     own = fresh.complete(before.token_ids, cache_salt="tenant-a", **params)
     assert own.cached_tokens == before.tokens - 1
     assert_same(own.steps, before.next_steps(4))

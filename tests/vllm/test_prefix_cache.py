@@ -25,7 +25,8 @@ from replaying import (
     prompt,
 )
 
-from kvist.testing.vllm import Completion, VllmServer
+from kvist.testing.answers import Completion
+from kvist.testing.vllm import VllmServer
 
 ANSWER = 20
 PREFIXES = [prompt(100 + 9 * n, seed=200 + n) for n in range(20)]

@@ -35,7 +35,8 @@ from replaying import (
     prompt,
 )
 
-from kvist.testing.vllm import Completion, Step, VllmServer
+from kvist.testing.answers import Completion, Step
+from kvist.testing.vllm import VllmServer
 
 LENGTHS = (1, 31, 32, 33, 500, 1900)
 CASES = cases(LENGTHS)

@@ -67,6 +67,8 @@ class CartridgeConfig:
         model, revision: what the served model is called, where the engine's name for it is not the manifest's.
         verify: whether every byte is checked when a cartridge is loaded. Without it a file that holds something else
             than its manifest says can pass for another cartridge: only for files that nobody else can write.
+        other_params: fields of requests that no router reads and that are not refused for it, since another connector
+            of the same vLLM reads them.
     """
 
     sources: tuple[CartridgeSource, ...] = ()
@@ -80,6 +82,7 @@ class CartridgeConfig:
     model: str | None = None
     revision: str | None = None
     verify: bool = True
+    other_params: tuple[str, ...] = ()
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> Self:
@@ -108,13 +111,14 @@ class CartridgeConfig:
             router=_typed(extra, "router", Mapping, "an object", None),
             registry=_text(extra, "registry"),
             host_bytes=_bytes(extra, "host_bytes" if "host_bytes" in extra else "gpu_capacity_bytes"),
-            preload=tuple(_ids(extra, "preload")),
+            preload=tuple(_texts(extra, "preload", "ids")),
             unknown=cast(Unknown, _choice(extra, "unknown", get_args(Unknown))),
             prefix=cast(PrefixMode, _choice(extra, "prefix", get_args(PrefixMode))),
             cache_dir=Path(_text(extra, "cache_dir") or default_cache_dir()).expanduser(),
             model=_text(extra, "model"),
             revision=_text(extra, "revision"),
             verify=_typed(extra, "verify", bool, "true or false", True),
+            other_params=tuple(_texts(extra, "other_params", "names")),
         )
 
     def capacity(self, largest_bytes: int) -> int:
@@ -264,10 +268,10 @@ def _bytes(told: Mapping[str, Any], key: str) -> int | None:
     return value
 
 
-def _ids(told: Mapping[str, Any], key: str) -> Iterator[str]:
-    for one in _typed(told, key, list | tuple, "a list of ids", ()):
+def _texts(told: Mapping[str, Any], key: str, noun: str) -> Iterator[str]:
+    for one in _typed(told, key, list | tuple, f"a list of {noun}", ()):
         if not isinstance(one, str) or not one:
-            raise InvalidInput(f"expected {key} to be a list of ids, got {one!r:.120} in it")
+            raise InvalidInput(f"expected {key} to be a list of {noun}, got {one!r:.120} in it")
         yield one
 
 

@@ -35,9 +35,13 @@ def resolve(
 ) -> Path:
     """The directory that a path or a repository's id means; see `Cartridge.from_pretrained`."""
     path, below = Path(name_or_path), _below(subfolder)
-    if path.is_dir():
+    try:
+        is_directory, is_there = path.is_dir(), path.exists()
+    except OSError:  # a name that no file can have, or below what we may not see
+        is_directory = is_there = False
+    if is_directory:
         return path / below
-    if path.exists():
+    if is_there:
         raise InvalidInput(f"{path} is a file; a cartridge is a directory", hint=f"kvist cartridge import {path}")
     if not (isinstance(name_or_path, str) and _REPO_ID.fullmatch(name_or_path)):
         raise NotFound(f"there is no directory {path}, and that is no repository's id")

@@ -100,7 +100,7 @@ class _Registered:
     def _open(self, cache_dir: Path) -> Entry:
         told = self.registration
         # what a source does not say of its model was said when it was registered
-        directory, found = open_source(_source(told.location), cache_dir=cache_dir, model=told.manifest.model)
+        directory, found = open_source(source_of(told.location), cache_dir=cache_dir, model=told.manifest.model)
         if found.identity != told.manifest.identity:
             raise DamagedCartridge(
                 f"cartridge {told.cartridge_id}: expected the content {told.manifest.identity} that was "
@@ -390,7 +390,8 @@ def default_cache_dir() -> Path:
     return platformdirs.user_cache_path("kvist") / "cartridges"
 
 
-def _source(location: str) -> Source:
+def source_of(location: str) -> Source:
+    """What a registration's location says, for `open_source`."""
     if not location.startswith("{"):
         return location
     source: Mapping[str, Any] = json.loads(location)

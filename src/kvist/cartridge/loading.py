@@ -28,7 +28,7 @@ def load(directory: Path, device: str, dtype: str | None) -> tuple[Any, Any]:
         raise NotFound(f"expected a model directory with a config.json, found none in {str(directory)!r}")
     if dtype is not None and dtype not in _DTYPES:
         raise InvalidInput(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r:.80}")
-    target = _parse_device(device)
+    target = parse_device(device)
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -70,7 +70,12 @@ def _refuse_dynamic(config: Any) -> None:
         )
 
 
-def _parse_device(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
+    """The device that a name stands for.
+
+    Raises:
+        InvalidInput: torch finds none of that name.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -133,7 +133,7 @@ def from_repository(
         MissingPage, DamagedPage: the repository does not have it whole.
     """
     snapshot = repo.snapshot(rev)
-    ranks = [repo.manifest(cid) for cid in snapshot.manifests]
+    ranks = repo.manifests(snapshot.cid)
     _check_layouts(ranks, rev)
     chosen = [_sequence(rank, sequence, rev) for rank in ranks]
     layout = ranks[0].layout
@@ -175,7 +175,7 @@ def from_repository(
 
 def model_of(repo: Repository, rev: str, directory: str | Path) -> ModelIdentity:
     """The identity of the model in a directory, in the terms of a snapshot of its cache: for `from_repository`."""
-    ranks = [repo.manifest(cid) for cid in repo.snapshot(rev).manifests]
+    ranks = repo.manifests(rev)
     _check_layouts(ranks, rev)
     layout = ranks[0].layout
     pinned = revision_like(directory, layout.revision)

@@ -20,6 +20,7 @@ SECTIONS: Final[dict[str, dict[str, Lazy]]] = {
         "verify": Lazy("kvist.cli.cartridge_files:verify", "Check every byte of a cartridge."),
         "commit": Lazy("kvist.cli.cartridge_files:commit", "Store a cartridge in the repository, as a snapshot."),
         "export": Lazy("kvist.cli.cartridge_files:export", "Write a snapshot as a cartridge's files."),
+        "push": Lazy("kvist.cli.cartridge_push:push", "Upload a cartridge to the Hugging Face hub."),
     },
     "Serve": {
         "add": Lazy("kvist.cli.cartridge_registry:add", "Register a cartridge; running servers take it up."),

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _registry(command: _F) -> _F:
+def with_registry(command: _F) -> _F:
+    """Give a command the option ``--registry``."""
     return click.option(
         "--registry",
         metavar="URL",
@@ -40,7 +41,7 @@ def _registry(command: _F) -> _F:
 @with_labels("Give it a label, beside those of its manifest; may be repeated.")
 @click.option("--replace", is_flag=True, help="Even if other content is registered by that id.")
 @click.option("--no-verify", is_flag=True, help="Check headers only; of files that nobody else can write.")
-@_registry
+@with_registry
 @common
 def add(
     run: Invocation,
@@ -72,7 +73,7 @@ def add(
         cartridge_id=manifest.cartridge_id if cartridge_id is None else cartridge_id,
         labels={**manifest.labels, **labels},
     )
-    with _open(registry) as database:
+    with open_registry(registry) as database:
         _require_same_content(database, named, replace)
         made = database.register(named, location)
         where = database.name
@@ -115,14 +116,14 @@ def _of_repository(run: Invocation, rev: str) -> tuple[str, Path]:
 
 @click.command()
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
-@_registry
+@with_registry
 @common
 def remove(run: Invocation, ids: tuple[str, ...], registry: str | None) -> None:
     """Take cartridges out of the registry. Their files stay, and so do requests that use them.
 
     If one of them is not there, none is taken out.
     """
-    with _open(registry) as database:
+    with open_registry(registry) as database:
         where, known = database.name, set(database.ids())
         for cartridge_id in ids:
             if cartridge_id not in known:
@@ -138,11 +139,11 @@ def remove(run: Invocation, ids: tuple[str, ...], registry: str | None) -> None:
 @click.command("list")
 @with_labels("Only those that carry it; of several, all.")
 @click.option("--model", metavar="ID", help="Only those made for the model of this id.")
-@_registry
+@with_registry
 @common
 def list_(run: Invocation, labels: dict[str, str], model: str | None, registry: str | None) -> None:
     """List what is registered, in the order of registration: of those with a label, a router takes the first."""
-    with _open(registry) as database:
+    with open_registry(registry) as database:
         where = database.name
         readable = database.list_all()
         unreadable = sorted(set(database.ids()) - {one.cartridge_id for one in readable})
@@ -169,7 +170,8 @@ def list_(run: Invocation, labels: dict[str, str], model: str | None, registry: 
     )
 
 
-def _open(registry: str | None) -> Registry:
+def open_registry(registry: str | None) -> Registry:
+    """Open the registry that the option named, or the default one; the caller closes it."""
     from kvist.cartridge.registry import Registry
 
     if registry is not None:

@@ -14,6 +14,7 @@ from kvist.cli.graph import draw
 from kvist.cli.invocation import Invocation, common
 from kvist.cli.output import Line, Styled, Table
 from kvist.cli.text import age
+from kvist.errors import PrunedSnapshot
 from kvist.ids import short
 from kvist.repo import Manifest, Ref, RefKind, Repository, Snapshot, compare, lineage
 
@@ -28,19 +29,23 @@ from kvist.repo import Manifest, Ref, RefKind, Repository, Snapshot, compare, li
 def log(run: Invocation, rev: str | None, graph: bool, most: int | None) -> None:
     """List snapshots, newest first.
 
-    Those that REV descends from, itself included; without REV, all that a branch or tag reaches.
+    Those that REV descends from, itself included; without REV, all that a branch or tag reaches. Of one that was
+    pruned only the record is left.
     """
     with run.open() as repo:
         snapshots = repo.log(rev)[:most]
         refs = _refs(repo)
+        pruned = repo.pruned()
     parents = {snapshot.cid: snapshot.parents for snapshot in snapshots}.__getitem__
     rows = list(lineage.lanes((snapshot.cid for snapshot in snapshots), parents)) if graph else []
-    listed = [_to_json(snapshot, refs.get(snapshot.cid, [])) for snapshot in snapshots]
+    listed = [
+        _to_json(snapshot, refs.get(snapshot.cid, [])) | {"pruned": snapshot.cid in pruned} for snapshot in snapshots
+    ]
     for row, one in zip(rows, listed, strict=False):
         one["graph"] = {"lane": row.lane, "before": row.before, "after": row.after}
 
     def text() -> Iterator[Line]:
-        labels = dict(zip((snapshot.cid for snapshot in snapshots), _labels(snapshots, refs), strict=True))
+        labels = dict(zip((snapshot.cid for snapshot in snapshots), _labels(snapshots, refs, pruned), strict=True))
         if not graph:
             yield from labels.values()
         for art, cid in draw(rows, parents):
@@ -51,7 +56,9 @@ def log(run: Invocation, rev: str | None, graph: bool, most: int | None) -> None
     run.out.result({"snapshots": listed}, ids=(snapshot.cid for snapshot in snapshots), text=text())
 
 
-def _labels(snapshots: Sequence[Snapshot], refs: dict[str, list[Ref]]) -> Iterator[tuple[str | Styled, ...]]:
+def _labels(
+    snapshots: Sequence[Snapshot], refs: dict[str, list[Ref]], pruned: set[str]
+) -> Iterator[tuple[str | Styled, ...]]:
     """One line a snapshot: cid, age, tokens, refs, name and the first line of the message."""
     now = time.time_ns()
     tokens = max((len(f"{snapshot.tokens:,}") for snapshot in snapshots), default=0)
@@ -59,12 +66,12 @@ def _labels(snapshots: Sequence[Snapshot], refs: dict[str, list[Ref]]) -> Iterat
         named = refs.get(snapshot.cid, [])
         said = [snapshot.name] if snapshot.name and snapshot.name not in {ref.name for ref in named} else []
         said += snapshot.message.splitlines()[:1]
-        yield (
-            Styled(short(snapshot.cid), "yellow"),
-            f"  {age(snapshot.created_ns, now):>3}  {snapshot.tokens:>{tokens},} tok",
-            *_chips(named),
-            f"  {': '.join(said)}" if said else "",
-        )
+        facts = f"  {age(snapshot.created_ns, now):>3}  {snapshot.tokens:>{tokens},} tok"
+        more = f"  {': '.join(said)}" if said else ""
+        if snapshot.cid in pruned:
+            yield (Styled(f"{short(snapshot.cid)}{facts}  (pruned){more}", "bright_black"),)
+        else:
+            yield (Styled(short(snapshot.cid), "yellow"), facts, *_chips(named), more)
 
 
 def _chips(refs: Sequence[Ref]) -> Iterator[str | Styled]:
@@ -87,7 +94,11 @@ def show(run: Invocation, rev: str) -> None:
     """
     with run.open() as repo:
         snapshot = repo.snapshot(rev)
-        manifests = [repo.manifest(cid) for cid in snapshot.manifests]
+        try:
+            manifests = repo.manifests(snapshot.cid)
+        except PrunedSnapshot as error:
+            manifests = []
+            run.out.note(str(error))
         refs = _refs(repo).get(snapshot.cid, [])
     document = _to_json(snapshot, refs) | {
         "nonce": snapshot.nonce,

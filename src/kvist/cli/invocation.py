@@ -34,12 +34,14 @@ class Invocation:
     Attributes:
         store: url of the store, or ``None``: `default_store`.
         is_store_typed: whether it stood on the command line, and not in the environment.
+        tiers: urls of page tiers, the first asked first.
         out: the sink.
     """
 
     def __init__(self) -> None:
         self.store: str | None = None
         self.is_store_typed = False
+        self.tiers: tuple[str, ...] = ()
         self.out = Output()
 
     @property
@@ -55,7 +57,7 @@ class Invocation:
         """
         from kvist.repo import Repository
 
-        return Repository.open(self.store_url)
+        return Repository.open(self.store_url, tiers=self.tiers)
 
     def own_hint(self, hint: str | None) -> str | None:
         """A hint whose commands name the store that the user had to name, so that they can be typed as they are."""
@@ -74,21 +76,24 @@ def default_store() -> str:
 
 def common(command: Callable[Concatenate[Invocation, _P], _R]) -> Callable[_P, _R]:
     """Give a command the common options; its first argument is the `Invocation`."""
-    return _with_options(click.pass_obj(command), envvar=None)
+    return _with_options(click.pass_obj(command), reads_environment=False)
 
 
 def common_of_root(group: Callable[Concatenate[Invocation, _P], _R]) -> Callable[_P, _R]:
     """The same for the root, which alone reads the environment: what is typed, wherever, goes before it."""
-    return _with_options(click.pass_obj(group), envvar="KVIST_STORE")
+    return _with_options(click.pass_obj(group), reads_environment=True)
 
 
-def _with_options(function: Callable[_P, _R], *, envvar: str | None) -> Callable[_P, _R]:
+def _with_options(function: Callable[_P, _R], *, reads_environment: bool) -> Callable[_P, _R]:
     option = functools.partial(click.option, expose_value=False, callback=_take)
     function = option("--no-progress", is_flag=True, help="Draw no progress bars.")(function)
     function = option("-q", "--quiet", is_flag=True, help="Print ids only, one a line.")(function)
     function = option("--json", is_flag=True, help="Print one JSON document.")(function)
     where = "Where the repository is: a path or file: url; else KVIST_STORE, else the user's data directory."
-    return option("--store", metavar="URL", envvar=envvar, help=where)(function)
+    near = "A page tier to read through, nearest first: file:///path?max_bytes=50GB, redis://host; else KVIST_TIERS."
+    tiers_from, store_from = ("KVIST_TIERS", "KVIST_STORE") if reads_environment else (None, None)
+    function = option("--tier", "tiers", metavar="URL", multiple=True, envvar=tiers_from, help=near)(function)
+    return option("--store", metavar="URL", envvar=store_from, help=where)(function)
 
 
 def _take(context: click.Context, param: click.Parameter, value: Any) -> None:
@@ -99,6 +104,8 @@ def _take(context: click.Context, param: click.Parameter, value: Any) -> None:
         case "store":
             run.store = value
             run.is_store_typed = context.get_parameter_source("store") is ParameterSource.COMMANDLINE
+        case "tiers":
+            run.tiers = value
         case "no_progress":
             run.out.shows_progress = False
         case name:

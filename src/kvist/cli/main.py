@@ -26,8 +26,13 @@ EXTRAS: Final = {
     "zstandard": "sim",
     "matplotlib": "sim",
     "jinja2": "sim",
-    "prometheus_client": "mock",
+    "prometheus_client": "server",
+    "starlette": "server",
+    "uvicorn": "server",
+    "cryptography": "sign",
     "ray": "ray",
+    "redis": "redis",
+    "mooncake": "mooncake",
     "safetensors": "cartridge",
     "sqlalchemy": "cartridge",
     "psycopg": "postgres",
@@ -38,9 +43,11 @@ EXTRAS: Final = {
 SECTIONS: Final[dict[str, dict[str, Lazy]]] = {
     "Repository": {
         "init": Lazy("kvist.cli.upkeep:init", "Make an empty repository."),
-        "stats": Lazy("kvist.cli.upkeep:stats", "Count what the repository holds."),
-        "fsck": Lazy("kvist.cli.upkeep:fsck", "Check that every snapshot is there and whole."),
-        "gc": Lazy("kvist.cli.upkeep:gc", "Delete what no branch or tag reaches."),
+        "stats": Lazy("kvist.cli.stats:stats", "Count what the repository holds."),
+        "fsck": Lazy("kvist.cli.fsck:fsck", "Check that every snapshot is there and whole."),
+        "repair": Lazy("kvist.cli.fsck:repair", "Mend what fsck finds, as far as it can be mended."),
+        "prune": Lazy("kvist.cli.prune:prune", "Thin the history of branches."),
+        "gc": Lazy("kvist.cli.gc:gc", "Delete what no branch or tag reaches."),
     },
     "Snapshots": {
         "log": Lazy("kvist.cli.history:log", "List snapshots, newest first."),
@@ -50,11 +57,24 @@ SECTIONS: Final[dict[str, dict[str, Lazy]]] = {
         "branch": Lazy("kvist.cli.names:branch", "List, make, move or delete branches."),
         "tag": Lazy("kvist.cli.names:tag", "List, make or delete tags."),
     },
+    "Transfer": {
+        "push": Lazy("kvist.cli.transfer:push", "Send branches and tags to another repository."),
+        "pull": Lazy("kvist.cli.transfer:pull", "Fetch branches and tags from another repository."),
+        "clone": Lazy("kvist.cli.transfer:clone", "Make a copy of another repository."),
+    },
+    "Access": {
+        "token": Lazy("kvist.cli.token:token", "Say who may call a server."),
+        "key": Lazy("kvist.cli.sign:key", "Make keys that sign snapshots."),
+        "sign": Lazy("kvist.cli.sign:sign", "Sign a snapshot."),
+        "verify": Lazy("kvist.cli.sign:verify", "Check one snapshot: its signature and its pages."),
+        "quota": Lazy("kvist.cli.quota:quota", "Tell or set what a repository may hold."),
+    },
     "Cartridges": {
         "cartridge": Lazy("kvist.cli.cartridge:cartridge", "Build, train, register and check KV prefixes."),
     },
     "Engine": {
         "serve": Lazy("kvist.cli.serve:serve", "Serve a model with an OpenAI-compatible API."),
+        "ui": Lazy("kvist.cli.ui:ui", "Show a repository in the browser."),
         "demo": Lazy("kvist.cli.demo:demo", "See a cache snapshot, forked and checked out."),
     },
     "Simulator": {

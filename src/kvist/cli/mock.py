@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import click
 
 from kvist.cli.invocation import Invocation, common
+from kvist.cli.listening import Listening, listening_options
+from kvist.cli.logs import Logs, log_options
 from kvist.cli.output import Table
 from kvist.cli.sim_options import with_settings
 from kvist.errors import InvalidInput
@@ -28,8 +29,7 @@ def mock() -> None:
 
 
 @mock.command(short_help="Serve vLLM's API over engines that compute nothing.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", default=8000, show_default=True, type=_PORT, help="Of the first worker; 0: free ones.")
+@listening_options(port=8000, port_help="Of the first worker; 0: free ones.")
 @click.option("--kv-events-port", default=0, show_default=True, type=_PORT, help="Of its events.")
 @click.option("--kv-replay-port", default=0, show_default=True, type=_PORT, help="Of their replay.")
 @click.option("--served-model-name", default="mock", show_default=True, help="What clients call the model.")
@@ -44,17 +44,11 @@ def mock() -> None:
 )  # fmt: skip
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Engines, each at its ports.")
 @with_settings(without=_UNUSED)
-@click.option(
-    "--log-level",
-    default="warning",
-    show_default=True,
-    type=click.Choice(["critical", "error", "warning", "info", "debug"]),
-)
+@log_options
 @common
 def serve(
     run: Invocation,
-    host: str,
-    port: int,
+    listening: Listening,
     kv_events_port: int,
     kv_replay_port: int,
     served_model_name: str,
@@ -62,7 +56,7 @@ def serve(
     mean_output_tokens: float,
     workers: int,
     settings: dict[str, Any],
-    log_level: str,
+    logs: Logs,
 ) -> None:
     """Serve vLLM's OpenAI-compatible API over engines that schedule, cache and evict, and compute nothing.
 
@@ -76,7 +70,7 @@ def serve(
     from kvist.sim.config import EngineConfig
     from kvist.sim.trace import MAX_TOKENS
 
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.start()
     words = letter_tokenizer()
     if tokenizer is not None:
         found = Tokenizer.load(tokenizer if tokenizer.is_dir() else tokenizer.parent)
@@ -97,8 +91,8 @@ def serve(
         seed=settings["seed"],
         mean_tokens=mean_output_tokens or None,
     )
-    ports = Ports(host=host, http=port, events=kv_events_port, replay=kv_replay_port)
-    with Cluster(config, voice, workers=workers, ports=ports) as cluster:
+    ports = Ports(host=listening.host, http=listening.port, events=kv_events_port, replay=kv_replay_port)
+    with Cluster(config, voice, workers=workers, ports=ports, access=listening.access) as cluster:
 
         def ready() -> None:
             told = [worker.about() for worker in cluster.workers]
@@ -109,4 +103,4 @@ def serve(
                 text=[Table(("worker", "url", "kv events", "replay"), rows)],
             )
 
-        cluster.serve(log_level=log_level, ready=ready)
+        cluster.serve(log_level=logs.level, ready=ready)

@@ -109,15 +109,24 @@ class Output:
         return click.confirm(question, err=True)
 
     @contextmanager
-    def progress(self, what: str) -> Iterator[Callable[[int, int], None] | None]:
+    def progress(self, what: str, *, is_bytes: bool = False) -> Iterator[Callable[[int, int], None] | None]:
         """A callback that draws how much is done, of how much; ``None`` where nobody would see it."""
         if self.mode is not Mode.HUMAN or not self.shows_progress or not sys.stderr.isatty():
             yield None
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        amount = (DownloadColumn(), TransferSpeedColumn()) if is_bytes else (MofNCompleteColumn(),)
+        columns = (TextColumn(what), BarColumn(), *amount, TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)

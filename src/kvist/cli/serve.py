@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from kvist.cli.invocation import Invocation, common
+from kvist.cli.listening import Listening, listening_options
+from kvist.cli.logs import Logs, log_options
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from kvist.cartridge.config import CartridgeConfig
     from kvist.engines.hf import Engine
     from kvist.server.offer import Offer
@@ -65,8 +69,7 @@ def _offering(engine: Engine, config: CartridgeConfig | None) -> Iterator[Offer 
 
 @click.command(short_help="Serve a model with an OpenAI-compatible API.")
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Model directory.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@listening_options(port=8000)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--dtype", default=None, help="Of weights and cache: f32, bf16 or f16.  [default: as the model's files]")
 @click.option("--pages", default=1024, show_default=True, type=click.IntRange(1), help="Pages in the engine's pool.")
@@ -96,17 +99,21 @@ def _offering(engine: Engine, config: CartridgeConfig | None) -> Iterator[Offer 
     help="More settings, with the keys of the connector's kv_connector_extra_config (router, prefix, unknown, …).",
 )
 @click.option(
-    "--log-level",
-    default="warning",
-    show_default=True,
-    type=click.Choice(["critical", "error", "warning", "info", "debug"]),
+    "--require-signature",
+    "trusted",
+    default=None,
+    metavar="TRUSTED",
+    envvar="KVIST_TRUSTED_KEYS",
+    type=click.Path(path_type=Path),
+    help="Check out only what one of these public keys signed (kvist sign); else KVIST_TRUSTED_KEYS.",
 )
+@click.option("--allow-write", is_flag=True, help="Let the page fork, tag and check out.")
+@log_options
 @common
 def serve(
     run: Invocation,
     model: Path,
-    host: str,
-    port: int,
+    listening: Listening,
     device: str,
     dtype: str | None,
     pages: int,
@@ -118,21 +125,36 @@ def serve(
     cartridges: list[dict[str, str]],
     registry: str | None,
     cartridge_config: str | None,
-    log_level: str,
+    trusted: Path | None,
+    allow_write: bool,
+    logs: Logs,
 ) -> None:
     """Serve a model with an OpenAI-compatible API, and snapshot, fork and check out its KV cache.
 
-    The repository is made if there is none. Prints one line on stderr when it is ready. SIGTERM or Ctrl-C ends it.
+    The repository is made if there is none. Prints one line on stderr when it is ready; / is a page to look at, and
+    /metrics is for Prometheus. SIGTERM or Ctrl-C ends it.
     """
     # Imported here: torch alone takes seconds, and `kvist --help` must not wait for it.
     from kvist.repo import Repository
-    from kvist.server import Tokenizer, bind, create_app, url_of
+    from kvist.repo.signing import Trust
+    from kvist.server import Tokenizer, create_app, url_of
     from kvist.server import serve as serve_app
+    from kvist.server.seeing import Seeing
+    from kvist.server.tenants import open_tenant
+    from kvist.store import open_store
+    from kvist.store.recorded import RecordedStore
 
+    access = listening.access
+    open_repository = partial(Repository.open, trust=None if trusted is None else Trust.load(trusted), tiers=run.tiers)
     offered = _configured(cartridges, registry, cartridge_config)  # before the model, which takes minutes to load
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with Repository.open(run.store_url, create=True) as repo, bind(host, port) as listener:
-        from kvist.engines.hf import Engine, HfPager, SamplingParams
+    logs.start()
+    seeing = Seeing(may_write=allow_write)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(seeing.recording())
+        listener = stack.enter_context(listening.bind())
+        store = RecordedStore(open_store(run.store_url))
+        repo = stack.enter_context(open_repository(store, create=True))
+        from kvist.engines.hf import Engine, HfPager, OwnedEngine, Owner, SamplingParams
 
         engine = Engine.load(
             model,
@@ -145,19 +167,33 @@ def serve(
             max_model_len=max_model_len,
         )
         tokenizer = Tokenizer.load(model)
-        with engine, _offering(engine, offered) as offer:
-            app = create_app(
-                engine,
-                repo,
-                pager=HfPager,
-                params=SamplingParams,
-                tokenizer=tokenizer,
-                name=served_model_name,
-                offer=offer,
-            )
+        with engine, _offering(engine, offered) as offer, contextlib.ExitStack() as leases:
+
+            def app_of(tenant: str | None, repo: Repository) -> Starlette:
+                salt = repo.config.block_salt
+                is_shared = access.tokens is not None or salt
+                made = create_app(
+                    OwnedEngine(engine, Owner(tenant, salt)) if is_shared else engine,
+                    repo,
+                    pager=HfPager,
+                    params=SamplingParams,
+                    tokenizer=tokenizer,
+                    name=served_model_name,
+                    offer=offer,
+                    seeing=seeing if tenant is None else seeing.of_tenant(),
+                )
+                leases.callback(made.state.served.sessions.close)
+                return made
+
+            def app_of_tenant(name: str) -> Starlette:
+                return app_of(name, stack.enter_context(open_tenant(store, name, open_repository)))
+
+            default = app_of(None, repo)
+            seeing.watch(default.state.page, repo, engine)
+            app = seeing.guarded(default, app_of_tenant, access)
 
             def ready() -> None:
-                name = app.state.served.name
+                name = default.state.served.name
                 click.echo(f"kvist serving {name} at {url_of(listener)} (store {repo.store.url})", err=True)
 
-            serve_app(app, listener, log_level=log_level, ready=ready, end_streams=engine.close)
+            serve_app(app, listener, log_level=logs.level, ready=ready, end_streams=engine.close)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from kvist.hashing.digests import DIGESTS, Buffer, block_root, extend_block_hashes, sha256_cid
+from kvist.hashing.digests import (
+    DIGESTS,
+    Buffer,
+    block_root,
+    block_salt,
+    extend_block_hashes,
+    keyed_digest,
+    sha256_cid,
+)
 from kvist.hashing.dynamo import (
     Lineage,
     LineageLayout,
@@ -18,9 +26,11 @@ __all__ = [
     "Lineage",
     "LineageLayout",
     "block_root",
+    "block_salt",
     "decode_lineage",
     "encode_lineage",
     "extend_block_hashes",
+    "keyed_digest",
     "local_block_hashes",
     "sequence_hashes",
     "sha256_cid",

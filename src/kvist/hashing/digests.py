@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import sys
 from array import array
 from collections.abc import Callable, Sequence
@@ -25,6 +26,22 @@ def _blake3(data: Buffer) -> bytes:
 
 DIGESTS: Final[dict[str, Callable[[Buffer], bytes]]] = {"blake3": _blake3, "sha256": _sha256}
 """Digest functions by algorithm name. Both release the GIL on buffers of more than 2 KiB."""
+
+
+def keyed_digest(algorithm: str, salt: bytes) -> Callable[[Buffer], bytes]:
+    """The digest function of a repository with a salt: keyed BLAKE3, or HMAC-SHA256.
+
+    Equal content has unrelated digests under two salts, and nobody without the salt can tell what a digest is of.
+    """
+    key = blake3(salt, derive_key_context="kvist page digest v1").digest()
+    if algorithm == "blake3":
+        return lambda data: blake3(data, key=key).digest()
+    return lambda data: hmac.new(key, data, "sha256").digest()
+
+
+def block_salt(salt: bytes) -> str:
+    """The salt of block hashes (see `block_root`) that goes with a repository's; tells nothing of that."""
+    return str(blake3(salt, derive_key_context="kvist block salt v1").hexdigest())
 
 
 def sha256_cid(data: Buffer) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from kvist.errors import NotFound
+from kvist.errors import NotFound, PrunedSnapshot
 from kvist.layout import Layout
 from kvist.pager.arena import Arena
 from kvist.pager.base import CachePager
@@ -117,6 +117,13 @@ def _choose(live: Sequence[LogicalSeq], wanted: Collection[str] | None) -> list[
     return [by_id[name] for name in sorted(set(wanted))]
 
 
+def _manifests(repo: Repository, cid: str) -> list[Manifest]:
+    try:
+        return repo.manifests(cid)
+    except PrunedSnapshot:  # it can be continued, but has nothing left to share
+        return []
+
+
 def _known_pages(
     repo: Repository, parents: Sequence[str], layout: Layout, numerics: dict[str, object]
 ) -> dict[str | None, tuple[str, str]]:
@@ -125,8 +132,7 @@ def _known_pages(
     if parents:
         repo.pages.refresh()  # another process may have found a page damaged
     for parent in parents:
-        for cid in repo.snapshot(parent).manifests:
-            manifest = repo.manifest(cid)
+        for manifest in _manifests(repo, parent):
             if manifest.layout != layout or manifest.numerics != numerics:
                 continue
             for page in manifest.pages:

@@ -18,9 +18,10 @@ from typing import Final
 
 from kvist.errors import AlreadyExists, Conflict, InvalidInput, InvalidManifest, NotFound, RepositoryNotFound
 from kvist.layout import Layout
+from kvist.repo.config import CONFIG
 from kvist.repo.manifest import Manifest, PageEntry
 from kvist.repo.refs import Ref, RefKind
-from kvist.repo.repository import CONFIG, Repository
+from kvist.repo.repository import Repository
 from kvist.repo.wholeness import Wholeness
 
 Key = tuple[int, str]

@@ -70,11 +70,13 @@ def restore(
     Raises:
         LayoutMismatch: the pages do not fit this engine.
         NotFound: no such snapshot, or no sequence of an id in it.
+        UntrustedSnapshot: the repository has such a policy, and no trusted key signed it.
         MissingPage, DamagedPage: a page cannot be had; the engine is as it was.
         PoolExhausted, Conflict: too few free slots, or an id is taken or given twice; the engine is as it was.
     """
     started = time.perf_counter()
     cid = repo.resolve(rev)
+    repo.require_trusted(cid)
     layout = pager.meta()
     manifest = _manifest_for(repo, cid, layout)
     seqs = _choose(manifest, cid, sequences)
@@ -116,7 +118,7 @@ def restore(
 
 def _manifest_for(repo: Repository, cid: str, layout: Layout) -> Manifest:
     """The manifest of the engine's rank and group, refused unless its layout is the engine's."""
-    manifests = [repo.manifest(name) for name in repo.snapshot(cid).manifests]
+    manifests = repo.manifests(cid)
     for manifest in manifests:
         if manifest.layout == layout:
             return manifest

@@ -65,7 +65,7 @@ class Batch:
         for one in self._open:
             info = self._store.head(one.key)
             if info is not None:  # None: a gc took it in this instant, and the commit that needs it will notice
-                written.append(segments.read_index(self._store, one.key, info.size, info.modified, self._algorithm))
+                written.append(segments.index_of(one.key, one.digests, one.lengths, info.modified))
         return written
 
 

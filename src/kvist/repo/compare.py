@@ -1,4 +1,4 @@
-"""What two snapshots share, and what a repository holds: numbers for people and programs. Reads, changes nothing."""
+"""What two snapshots share: numbers for people and programs. Reads, changes nothing."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Diff:
 def diff(repo: Repository, a: str, b: str) -> Diff:
     """Compare two snapshots, by anything that `Repository.resolve` takes."""
     cids = repo.resolve(a), repo.resolve(b)
-    manifests_a, manifests_b = ([repo.manifest(m) for m in repo.snapshot(cid).manifests] for cid in cids)
+    manifests_a, manifests_b = (repo.manifests(cid) for cid in cids)
     sizes_a = {digest: m.layout.page_bytes for m in manifests_a for digest in m.digests}
     sizes_b = {digest: m.layout.page_bytes for m in manifests_b for digest in m.digests}
     shared = sizes_a.keys() & sizes_b.keys()
@@ -128,70 +128,3 @@ def _lengths(manifests: Sequence[Manifest]) -> dict[str, tuple[tuple[int, ...], 
             ids, cached = found.get(seq.id, ((), 0))
             found[seq.id] = ids or seq.token_ids, max(cached, seq.cached_tokens(manifest.layout.page_size_tokens))
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What a repository holds.
-
-    Attributes:
-        branches, tags, snapshots, manifests: how many; snapshots that no ref reaches are counted too.
-        unreachable_snapshots: of those.
-        tokens: over all reachable snapshots.
-        logical_bytes: pages of all reachable snapshots, of every rank and group, as if each had its own.
-        page_bytes: distinct pages of all reachable snapshots.
-        stored_bytes: everything in the store.
-        segments: how many.
-        damaged_pages: page copies known to be damaged.
-    """
-
-    branches: int
-    tags: int
-    snapshots: int
-    unreachable_snapshots: int
-    manifests: int
-    tokens: int
-    logical_bytes: int
-    page_bytes: int
-    stored_bytes: int
-    segments: int
-    damaged_pages: int
-
-    @property
-    def dedup(self) -> float:
-        """Logical bytes over distinct bytes; 1.0 for an empty repository."""
-        return self.logical_bytes / self.page_bytes if self.page_bytes else 1.0
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON-serialisable mapping."""
-        return asdict(self) | {"dedup": self.dedup}
-
-
-def stats(repo: Repository) -> Stats:
-    """Count a repository."""
-    repo.pages.refresh()
-    refs = list(repo.refs.all())
-    snapshots = repo.reachable()
-    sizes: dict[str, int] = {}
-    logical = 0
-    for snapshot in snapshots.values():
-        for cid in snapshot.manifests:
-            manifest = repo.manifest(cid)
-            half = manifest.layout.page_bytes
-            logical += 2 * half * len(manifest.pages)
-            sizes.update(dict.fromkeys(manifest.digests, half))
-    stored = sum(1 for _ in repo.objects.snapshots())
-    tags = sum(1 for ref in refs if ref.kind.noun == "tag")
-    return Stats(
-        branches=len(refs) - tags,
-        tags=tags,
-        snapshots=stored,
-        unreachable_snapshots=stored - len(snapshots),
-        manifests=sum(1 for _ in repo.objects.manifests()),
-        tokens=sum(snapshot.tokens for snapshot in snapshots.values()),
-        logical_bytes=logical,
-        page_bytes=sum(sizes.values()),
-        stored_bytes=sum(info.size for info in repo.store.list()),
-        segments=len(repo.pages.segments()),
-        damaged_pages=len(repo.pages.damaged_places()),
-    )

@@ -1,32 +1,31 @@
-"""gc: deletes what no ref reaches. Plans, then applies; never deletes what it did not plan.
+"""gc: deletes what neither a ref nor a lease reaches, and what was pruned. Plans, then applies; never deletes what it
+did not plan.
 
-Knows reachability and age. The protocol with concurrent writers is in `kvist.repo.lock`.
+Knows in which order things go. What may go is found by `kvist.repo.garbage`; the protocol with concurrent writers is in
+`kvist.repo.lock`.
 """
 
 from __future__ import annotations
 
-import collections
 import logging
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from kvist.errors import IntegrityError, KvistError
-from kvist.repo import fsck, lineage, lock, marks
+from kvist.errors import IntegrityError, StoreFull
+from kvist.repo import fsck, lease, lock, marks
+from kvist.repo.garbage import what_goes, what_lives, what_there_is
 from kvist.repo.objects import MANIFESTS, SNAPSHOTS, manifest_key, snapshot_key
 from kvist.repo.repository import Repository
-from kvist.repo.segment import PREFIX as SEGMENTS
-from kvist.repo.segment import Segment
-from kvist.repo.snapshot import Snapshot
-from kvist.store import ObjectInfo
+from kvist.telemetry import counted
 
 logger = logging.getLogger(__name__)
 
 MIN_AGE: Final = 3600.0
 """Seconds for which whatever was written is kept, reachable or not."""
-REPACK_BELOW: Final = 0.5
-"""A segment with a smaller part of live bytes is rewritten."""
+NOTES: Final = (marks.PRUNED, "signatures/")
+"""Prefixes of what tells of one snapshot, under ``<prefix><64 hex of its cid>``, and goes when that has gone."""
 _SURVEYS: Final = 3
 """How often a gc looks again because refs changed while it looked."""
 
@@ -45,6 +44,7 @@ class GcPlan:
         copy_bytes: bytes of the pages that would be copied.
         kept_snapshots: snapshots that stay.
         kept_bytes: bytes of the segments that stay.
+        leases: leases that hold.
         min_age: seconds for which whatever was written is kept.
     """
 
@@ -57,6 +57,7 @@ class GcPlan:
     copy_bytes: int
     kept_snapshots: int
     kept_bytes: int
+    leases: int
     min_age: float
 
     @property
@@ -70,24 +71,27 @@ class GcPlan:
 
     def summary(self) -> str:
         """For people."""
+        leases = f"; {self.leases} leases hold" if self.leases else ""
         return (
             f"delete {len(self.snapshots)} snapshots, {len(self.manifests)} manifests, {len(self.segments)} segments; "
             f"rewrite {len(self.repack)} segments ({self.copy_bytes:,} bytes to copy); "
             f"free {self.delete_bytes - self.copy_bytes:,} bytes, keep {self.kept_snapshots} snapshots "
-            f"and {self.kept_bytes + self.copy_bytes:,} bytes of pages"
+            f"and {self.kept_bytes + self.copy_bytes:,} bytes of pages{leases}"
         )
 
 
 def plan(repo: Repository, *, min_age: float = MIN_AGE) -> GcPlan:
-    """Find what no ref reaches and nobody has just written. Changes nothing.
+    """Find what neither a ref nor a lease reaches and nobody has just written. Changes nothing.
 
     Raises:
         IntegrityError: fsck finds something missing that a ref reaches. What a gc would delete might be what
             mends it.
+        Locked: a lease is unreadable: nobody can tell what it holds.
     """
     return _survey(repo, min_age).plan
 
 
+@counted("gc", lambda done: (done.delete_bytes, 0))
 def apply(
     repo: Repository,
     planned: GcPlan,
@@ -106,18 +110,21 @@ def apply(
         progress: called with pages copied and pages to copy.
 
     Raises:
-        Locked: another gc runs.
+        Locked: another gc runs, or a lease is unreadable.
     """
     held = lock.acquire(repo.store, _condemned(planned), break_lock=break_lock)
     try:
-        now = _make_ready(repo, planned, progress)
+        now, leftovers = _make_ready(repo, planned, progress)
         gone = {*now.segments, *now.repack}
-        # From the top down, children before parents: a crash in between leaves no object that names a missing one.
+        # From the top down, so that what is left of a snapshot after a crash has its pages. It may lack ancestors, as
+        # some stores delete in any order: whoever names it looks for them (`kvist.repo.naming`).
         repo.store.delete(map(snapshot_key, now.snapshots))
         repo.store.delete(map(manifest_key, now.manifests))
         repo.store.delete(gone)
         marks.drop_stale(repo.store)
-        repo.store.clean(planned.min_age)
+        repo.store.delete(leftovers.notes)
+        lease.sweep(repo.store, leftovers.leases)
+        repo.store.clean(leftovers.age)
     finally:
         lock.release(repo.store, held)
         repo.pages.refresh()
@@ -125,48 +132,81 @@ def apply(
     return now
 
 
-def _make_ready(repo: Repository, planned: GcPlan, progress: Callable[[int, int], None] | None) -> GcPlan:
+def _make_ready(
+    repo: Repository, planned: GcPlan, progress: Callable[[int, int], None] | None
+) -> tuple[GcPlan, _Leftovers]:
     """Survey, copy what must stay, and return what may be deleted: if it can be had, by refs as they still are.
 
     A writer whose ref came after the survey takes it back, unless it is killed before it looks: hence the last glance
     at the refs. Where they never stand still the last survey has to do, or a busy repository would have no gc.
     """
     copied = 0
-    now = planned
-    for _ in range(_SURVEYS):
+    for attempt in range(_SURVEYS):
         seen = fsck.ref_etags(repo)
         survey = _survey(repo, planned.min_age, planned)
         now = survey.plan
-        repo.pages.rewrite(survey.copied, progress)
-        copied += now.copy_bytes
+        try:
+            repo.pages.rewrite(survey.copied, progress)
+            copied += now.copy_bytes
+        except StoreFull as error:
+            logger.warning(
+                "no room to rewrite %d segments, so only what is wholly dead goes: %s", len(now.repack), error
+            )
+            now = _without_repack(repo, now)
         # the copy that stays may be the bad one
         repo.pages.rewrite(repo.pages.verify(survey.doubled, without={*now.segments, *now.repack}))
-        if fsck.ref_etags(repo) == seen:
-            break
-    return replace(now, copy_bytes=copied)
+        if fsck.ref_etags(repo) == seen or attempt == _SURVEYS - 1:
+            return replace(now, copy_bytes=copied), survey.leftovers
+    raise AssertionError("unreachable")
+
+
+def _without_repack(repo: Repository, plan: GcPlan) -> GcPlan:
+    """The same, but what is partly alive stays as it is: what a full store can do without being written to."""
+    left = sum(segment.data_bytes for segment in repo.pages.segments() if segment.key in plan.repack)
+    return replace(
+        plan,
+        repack=(),
+        lost_pages=frozenset(),
+        copy_bytes=0,
+        delete_bytes=plan.delete_bytes - left,
+        kept_bytes=plan.kept_bytes + left,
+    )
+
+
+@dataclass(frozen=True)
+class _Leftovers:
+    """What harms nobody and goes last.
+
+    Attributes:
+        notes: keys of marks and signatures of snapshots that are gone.
+        leases: those that have expired.
+        age: seconds after which what a dead writer has left goes.
+    """
+
+    notes: tuple[str, ...]
+    leases: tuple[lease.LeaseRecord, ...]
+    age: float
 
 
 @dataclass(frozen=True)
 class _Survey:
-    """A plan, and what to do before it.
+    """A plan, what to do before it, and what after it.
 
     Attributes:
         plan: what is dead.
         copied: pages to copy out of it: digests.
         doubled: live pages in it of which a copy lies elsewhere.
+        leftovers: what goes afterwards.
     """
 
     plan: GcPlan
     copied: list[str]
     doubled: list[str]
+    leftovers: _Leftovers
 
 
 def _survey(repo: Repository, min_age: float, planned: GcPlan | None = None) -> _Survey:
-    """What is dead now, and was already ``planned``.
-
-    What was not planned counts as alive, with all that it needs: a writer may be about to name it, and what stays in
-    the store must stay whole.
-    """
+    """What is dead now, and was already ``planned``."""
     report = fsck.check(repo, read_pages=False)
     if not report.is_whole:
         first = next(finding for finding in report.findings if finding.affects)
@@ -174,130 +214,30 @@ def _survey(repo: Repository, min_age: float, planned: GcPlan | None = None) -> 
             f"gc deletes nothing while fsck has a finding: {first.code} {first.subject}: {first.detail}",
             hint="kvist fsck",
         )
-    before = time.time() - min_age
-    announced = None if planned is None else _condemned(planned)
-
-    def may_go(info: ObjectInfo) -> bool:
-        return info.modified <= before and (announced is None or info.key in announced.objects)
-
-    snapshots, manifests = dict(repo.objects.snapshots()), dict(repo.objects.manifests())
-    live = _live(repo, [cid for cid, info in snapshots.items() if not may_go(info)])
-    live_manifests = {cid for snapshot in live.values() for cid in snapshot.manifests}
-    live_manifests |= {cid for cid, info in manifests.items() if not may_go(info)}
-    live_pages = _live_pages(repo, live_manifests & manifests.keys())
-    dead = [snapshots[cid] for cid in _children_first(repo, snapshots.keys() - live.keys())]
-    dead_manifests = [info for cid, info in manifests.items() if cid not in live_manifests]
-    segments = _sort_segments(repo, before, announced, live_pages)
-    moved = dict.fromkeys(name for segment in segments.repack for name in repo.pages.names(segment))
-    lost = frozenset(moved if planned is None else planned.lost_pages) - live_pages
-    gone_keys = {*segments.broken, *(segment.key for segment in segments.gone)}
-    copied = [
-        name for name in moved if name not in lost and (homes := repo.pages.homes(name)) and gone_keys.issuperset(homes)
-    ]
+    stored = what_there_is(repo, min_age, None if planned is None else _condemned(planned))
+    living = what_lives(repo, stored)
+    going = what_goes(repo, stored, living)
     plan = GcPlan(
-        snapshots=tuple("sha256:" + info.key.removeprefix(SNAPSHOTS) for info in dead),
-        manifests=tuple("sha256:" + info.key.removeprefix(MANIFESTS) for info in dead_manifests),
-        segments=tuple(sorted(gone_keys.difference(segment.key for segment in segments.repack))),
-        repack=tuple(segment.key for segment in segments.repack),
-        lost_pages=frozenset(lost),
-        delete_bytes=sum(info.size for info in (*dead, *dead_manifests, *segments.broken.values()))
-        + sum(segment.data_bytes for segment in segments.gone),
-        copy_bytes=sum(repo.pages.size(digest) or 0 for digest in copied),
-        kept_snapshots=len(live),
-        kept_bytes=segments.kept_bytes,
+        snapshots=tuple("sha256:" + info.key.removeprefix(SNAPSHOTS) for info in going.snapshots),
+        manifests=tuple("sha256:" + info.key.removeprefix(MANIFESTS) for info in going.manifests),
+        segments=tuple(sorted(going.segments.difference(segment.key for segment in going.repack))),
+        repack=tuple(segment.key for segment in going.repack),
+        lost_pages=going.lost,
+        delete_bytes=sum(info.size for info in (*going.snapshots, *going.manifests, *going.broken))
+        + sum(segment.data_bytes for segment in going.whole),
+        copy_bytes=sum(repo.pages.size(digest) or 0 for digest in going.copied),
+        kept_snapshots=len(living.snapshots),
+        kept_bytes=sum(segment.data_bytes for segment in repo.pages.segments() if segment.key not in going.segments),
+        leases=len(stored.leases.live),
         min_age=min_age,
     )
-    gone = {name for segment in segments.gone for name in repo.pages.names(segment)}
-    return _Survey(plan, copied, sorted((gone & live_pages).difference(copied)))
-
-
-@dataclass
-class _Segments:
-    """What a gc does with the segments.
-
-    Attributes:
-        broken: those to delete that cannot be read, by key.
-        gone: those to delete that can be.
-        repack: of those, the ones whose pages are partly copied first.
-        kept_bytes: bytes of the pages of all others.
-    """
-
-    broken: dict[str, ObjectInfo] = field(default_factory=dict)
-    gone: list[Segment] = field(default_factory=list)
-    repack: list[Segment] = field(default_factory=list)
-    kept_bytes: int = 0
-
-
-def _sort_segments(
-    repo: Repository, before: float, announced: lock.Condemned | None, live_pages: set[str]
-) -> _Segments:
-    """Sort the old segments, all or those that were announced, by how much of them lives.
-
-    One announced as rewritten stays so even if it has died since: writers may rely on its other pages.
-    """
-    found = _Segments()
-    broken = repo.pages.broken_segments()
-    for info in repo.store.list(SEGMENTS):
-        if info.key in broken and info.modified <= before and (announced is None or info.key in announced.segments):
-            found.broken[info.key] = info
-    for segment in repo.pages.segments():
-        used = sum(
-            segment.span(entry)[1]
-            for entry, name in enumerate(repo.pages.names(segment))
-            if name in live_pages and repo.pages.homes(name)[:1] == [segment.key]
-        )
-        is_sparse = segment.modified <= before and used < REPACK_BELOW * segment.data_bytes
-        if is_sparse and not used and (announced is None or segment.key in announced.segments):
-            found.gone.append(segment)
-        elif is_sparse and (announced is None or segment.key in announced.repacked):
-            found.gone.append(segment)
-            found.repack.append(segment)
-        else:
-            found.kept_bytes += segment.data_bytes
-    return found
-
-
-def _live_pages(repo: Repository, manifests: Iterable[str]) -> set[str]:
-    live: set[str] = set()
-    for cid in manifests:
-        try:
-            live.update(repo.objects.manifest(cid).digests)
-        except KvistError as error:  # no ref reaches it: fsck has found what refs reach whole
-            logger.warning("gc cannot read an unnamed manifest: %s", error)
-    return live
-
-
-def _children_first(repo: Repository, cids: Iterable[str]) -> list[str]:
-    """Dead snapshots in the order of their deletion."""
-    readable: dict[str, Snapshot] = {}
-    damaged: list[str] = []
-    for cid in cids:
-        try:
-            readable[cid] = repo.objects.snapshot(cid)
-        except KvistError:
-            damaged.append(cid)
-    return sorted(damaged) + lineage.newest_first(readable)
-
-
-def _live(repo: Repository, young: Iterable[str]) -> dict[str, Snapshot]:
-    """Snapshots that refs or young snapshots reach.
-
-    What refs reach is whole, fsck has said so. A young snapshot may be damaged, or have lost a parent to a crash
-    between two steps; then it protects what it can.
-    """
-    live: dict[str, Snapshot] = {}
-
-    def parents(cid: str) -> tuple[str, ...]:
-        try:
-            live[cid] = repo.objects.snapshot(cid)
-        except KvistError as error:
-            logger.warning("gc cannot follow an unnamed snapshot: %s", error)
-            return ()
-        return live[cid].parents
-
-    tips = [ref.cid for ref in repo.refs.all() if ref.cid is not None]
-    collections.deque(lineage.ancestors([*tips, *young], parents), maxlen=0)
-    return live
+    notes = [info.key for prefix in NOTES for info in repo.store.list(prefix) if info.modified <= stored.before]
+    leftovers = _Leftovers(
+        notes=tuple(key for key in notes if "sha256:" + key.split("/")[1] not in living.snapshots),
+        leases=stored.leases.expired,
+        age=max(min_age, time.time() - stored.leases.since),
+    )
+    return _Survey(plan, going.copied, going.doubled, leftovers)
 
 
 def _condemned(planned: GcPlan) -> lock.Condemned:

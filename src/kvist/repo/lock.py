@@ -15,11 +15,12 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
-from kvist.errors import AlreadyExists, Conflict, IntegrityError, InvalidManifest, Locked, NotFound
-from kvist.repo.manifest import canonical_json, parse_json
+from kvist.errors import AlreadyExists, Conflict, IntegrityError, InvalidManifest, Locked, NotFound, StoreError
+from kvist.repo import record, witness
+from kvist.repo.witness import Witness
 from kvist.store import Match, Store
 
 KEY: Final = "locks/gc"
@@ -54,28 +55,18 @@ class Holder:
     host: str
     pid: int
     started: float
+    token: str
     etag: str
     condemned: Condemned = field(default_factory=Condemned)
 
     @property
     def is_dead(self) -> bool:
-        """Whether it surely is: a process of this host, and of the same process numbering, that is gone."""
-        if self.host != _host():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
+        """Whether its process has surely ended, or its gc has, which could not withdraw what it announced."""
+        return witness.is_dead(self.token)
 
 
-def _host() -> str:
-    """Whose process numbers ours are: containers of one pod share a host name, and each counts from 1."""
-    with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
-    return socket.gethostname()
+_known: Final[WeakKeyDictionary[Store, Holder]] = WeakKeyDictionary()
+"""The record that was last read of each store. It names every page that goes, and every writer asks again and again."""
 
 
 def condemned(store: Store) -> Condemned:
@@ -96,25 +87,31 @@ def holder(store: Store) -> Holder | None:
     """
     info = store.head(KEY)
     if info is None:
+        _known.pop(store, None)
         return None
+    known = _known.get(store)
+    if known is not None and known.etag == info.etag:
+        return known
     try:
-        record = parse_json(store.get(KEY), KEY)
-        lists = {name: frozenset(record[name]) for name in _LISTS}
-        found = Holder(record["host"], record["pid"], record["started"], info.etag, Condemned(**lists))
-        if not (isinstance(found.host, str) and type(found.pid) is int and 0 < found.pid < 2**31):
-            raise InvalidManifest(f"{KEY}: expected a host and a process, got {found.host!r:.80} and {found.pid!r:.80}")
+        said = record.decode(KEY, store.get(KEY))
+        lists = {name: frozenset(said[name]) for name in _LISTS}
+        found = Holder(said["host"], said["pid"], said["started"], said["token"], info.etag, Condemned(**lists))
+        if not (isinstance(found.host, str) and type(found.pid) is int and isinstance(found.token, str)):
+            who = (found.host, found.pid, found.token)
+            raise InvalidManifest(f"{KEY}: expected a host, a process and a token, got {who!r:.200}")
         time.ctime(found.started)
-        return found
     except NotFound:
         return None
     except (IntegrityError, InvalidManifest, KeyError, TypeError, ValueError, OverflowError) as error:
         raise Locked(f"the gc lock {KEY} is unreadable: {error}", hint="kvist gc --break-lock") from None
+    _known[store] = found
+    return found
 
 
-def acquire(store: Store, condemned: Condemned, *, break_lock: bool = False) -> str:
-    """Announce a gc; returns the record's etag, for `release`.
+def acquire(store: Store, condemned: Condemned, *, break_lock: bool = False) -> Witness:
+    """Announce a gc; returns what `release` takes.
 
-    A lock whose holder is a dead process of this host is taken over.
+    A lock whose holder is dead is taken over.
 
     Args:
         store: of the repository.
@@ -122,35 +119,58 @@ def acquire(store: Store, condemned: Condemned, *, break_lock: bool = False) -> 
         break_lock: take the lock whoever holds it, even unreadably.
 
     Raises:
-        Locked: another gc runs, or died on another host.
+        Locked: another gc runs, or died where nobody here can tell.
     """
-    data = _encode(condemned)
+    held = Witness()
     try:
-        return store.put(KEY, data, mode="create")
+        _announce(store, _encode(condemned, held.token), held.token, break_lock)
+    except BaseException:
+        with contextlib.suppress(StoreError):
+            release(store, held)  # it may lie there: perhaps only the answer was lost
+        raise
+    return held
+
+
+def _announce(store: Store, data: bytes, token: str, break_lock: bool) -> None:
+    try:
+        store.put(KEY, data, mode="create")
+        return
     except AlreadyExists:
         if break_lock:
-            return store.put(KEY, data)
+            store.put(KEY, data)
+            return
     found = holder(store)
     try:
-        if found is not None and found.is_dead:
-            return store.put(KEY, data, mode=Match(found.etag))
         if found is None:
-            return store.put(KEY, data, mode="create")
+            store.put(KEY, data, mode="create")
+            return
+        if found.is_dead:
+            store.put(KEY, data, mode=Match(found.etag))
+            witness.remove(found.token)
+            return
     except (Conflict, AlreadyExists):
         found = holder(store)
+    if found is not None and found.token == token:
+        return  # the answer to our put was lost, the store tried again by itself and met its own
     who = (
         "another process" if found is None else f"process {found.pid} on {found.host} since {time.ctime(found.started)}"
     )
     raise Locked(f"a gc by {who} holds the lock", hint="if it is surely dead: kvist gc --break-lock")
 
 
-def release(store: Store, etag: str) -> None:
+def release(store: Store, held: Witness) -> None:
     """Withdraw the announcement, unless somebody broke the lock and holds it now."""
-    info = store.head(KEY)
-    if info is not None and info.etag == etag:
-        store.delete([KEY])
+    try:
+        with contextlib.suppress(Locked):
+            found = holder(store)
+            if found is not None and found.token == held.token:
+                store.delete([KEY])
+        witness.remove(held.token)
+    finally:
+        held.close()
 
 
-def _encode(condemned: Condemned) -> bytes:
-    record: dict[str, Any] = {name: sorted(getattr(condemned, name)) for name in _LISTS}
-    return canonical_json(record | {"host": _host(), "pid": os.getpid(), "started": time.time()})
+def _encode(condemned: Condemned, token: str) -> bytes:
+    document: dict[str, Any] = {name: sorted(getattr(condemned, name)) for name in _LISTS}
+    us = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time(), "token": token}
+    return record.encode(KEY, document | us)

@@ -23,6 +23,8 @@ from kvist.ids import check_name, parse_digest
 from kvist.layout import OPTIONAL, Layout
 
 FORMAT: Final = "paged-batchinvariant-v1"
+MANIFEST_MAX: Final = 256 << 20
+"""Most bytes of a manifest that is read: about a million pages."""
 _GEOMETRY: Final = ("page_size_tokens", "n_layers", "n_heads", "head_dim", "dtype")
 _IDENTITY: Final = ("model", "revision", "memory_order", "tp_rank", "tp_size")
 _FOREIGN_EXTRAS: Final = {"name", "page_size_bytes"}
@@ -126,9 +128,11 @@ class Manifest:
         """Read a manifest in any known encoding.
 
         Raises:
-            InvalidManifest: not JSON, duplicate or unknown keys, a wrong layout tag, values out of range, or a
-                document of ours that is not in the canonical encoding.
+            InvalidManifest: over `MANIFEST_MAX` bytes, not JSON, duplicate or unknown keys, a wrong layout tag, values
+                out of range, or a document of ours that is not in the canonical encoding.
         """
+        if len(data) > MANIFEST_MAX:
+            raise InvalidManifest(f"manifest: expected at most {MANIFEST_MAX} bytes, got {len(data)}")
         document = _parse(data)
         try:
             manifest = cls(**_read_document(document))

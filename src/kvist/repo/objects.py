@@ -10,16 +10,21 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from kvist.errors import DamagedObject, IntegrityError, KvistError, NotFound
+from kvist.errors import DamagedObject, IntegrityError, InvalidManifest, KvistError, NotFound
 from kvist.hashing import sha256_cid
 from kvist.ids import digest_hex, parse_cid
-from kvist.repo.manifest import Manifest
-from kvist.repo.snapshot import Snapshot
+from kvist.repo.manifest import MANIFEST_MAX, Manifest
+from kvist.repo.snapshot import SNAPSHOT_MAX, Snapshot
 from kvist.store import ObjectInfo, Store
+from kvist.store.parallel import in_parallel
 
 MANIFESTS: Final = "manifests/"
 SNAPSHOTS: Final = "snapshots/"
 _MANIFESTS_KEPT: Final = 64
+_MOST: Final = {"manifest": MANIFEST_MAX, "snapshot": SNAPSHOT_MAX}
+"""Bytes of an object that is read into memory, by what it is."""
+_LOOKS: Final = 2
+"""How often an object is read before it counts as damaged: a wrong byte may have been on the way."""
 
 
 def manifest_key(cid: str) -> str:
@@ -43,13 +48,26 @@ class Objects:
 
     def put_manifests(self, manifests: Sequence[Manifest]) -> None:
         """Store manifests, durably, with one barrier; those that are there and whole are left alone."""
-        self._put([(manifest_key(manifest.cid), manifest.encode()) for manifest in manifests])
+        self._put("manifest", [(manifest_key(manifest.cid), manifest.encode()) for manifest in manifests])
         for manifest in manifests:
             self._keep(manifest.cid, manifest)
 
     def put_snapshots(self, snapshots: Sequence[Snapshot]) -> None:
         """Store snapshots, durably, with one barrier."""
-        self._put([(snapshot_key(snapshot.cid), snapshot.encode()) for snapshot in snapshots])
+        self._put("snapshot", [(snapshot_key(snapshot.cid), snapshot.encode()) for snapshot in snapshots])
+
+    def put_encoded_manifests(self, encoded: Sequence[bytes]) -> None:
+        """Store manifests by their bytes, in whatever known encoding, as `put_manifests` does."""
+        self._put("manifest", [(manifest_key(sha256_cid(data)), data) for data in encoded])
+
+    def encoded_manifest(self, cid: str) -> bytes:
+        """The bytes of the manifest of that cid, as they are stored: of a foreign encoding, not the canonical ones.
+
+        Raises:
+            NotFound: there is none.
+            DamagedObject: its bytes do not hash to the cid.
+        """
+        return self._get(manifest_key(parse_cid(cid)), cid, "manifest")
 
     def manifest(self, cid: str) -> Manifest:
         """The manifest of that cid.
@@ -57,7 +75,7 @@ class Objects:
         Raises:
             NotFound: there is none.
             DamagedObject: its bytes do not hash to the cid.
-            InvalidManifest: they do, and are no manifest.
+            InvalidManifest: they do, and are no manifest, or too many.
         """
         with self._lock:
             found = self._manifests.get(parse_cid(cid))
@@ -100,24 +118,33 @@ class Objects:
             except KvistError:
                 continue  # not one of ours; fsck names it
 
-    def _put(self, items: list[tuple[str, bytes]]) -> None:
+    def _put(self, what: str, items: list[tuple[str, bytes]]) -> None:
         """Put what is absent or, after damage, different from what its key says."""
-        whole = [item for item in items if self._is_whole(*item)]
-        wrong = [item for item in items if item not in whole]
-        self._store.put_many(wrong, mode="overwrite")
-        self._store.put_many(whole, mode="create")  # for the barrier: their writer may not have reached its own yet
+        for key, data in items:
+            if len(data) > _MOST[what]:  # nobody could read it
+                raise InvalidManifest(f"{what} {key}: expected at most {_MOST[what]} bytes, got {len(data)}")
+        looked = [*zip(items, in_parallel(self._is_whole, items, self._store), strict=True)]
+        self._store.put_many([item for item, is_whole in looked if not is_whole], mode="overwrite")
+        # For the barrier: the writer of those that are there may not have reached its own yet.
+        self._store.put_many([item for item, is_whole in looked if is_whole], mode="create")
 
-    def _is_whole(self, key: str, data: bytes) -> bool:
+    def _is_whole(self, item: tuple[str, bytes]) -> bool:
+        key, data = item
         try:
-            return self._store.head(key) is not None and self._store.get(key) == data
+            return self._store.get(key, size=len(data) + 1) == data
         except (NotFound, IntegrityError):
             return False
 
     def _get(self, key: str, cid: str, what: str) -> bytes:
-        try:
-            data = self._store.get(key)
-        except NotFound:
-            raise NotFound(f"there is no {what} {cid}") from None
+        for _ in range(_LOOKS):
+            try:
+                data = self._store.get(key, size=_MOST[what] + 1)
+            except NotFound:
+                raise NotFound(f"there is no {what} {cid}") from None
+            if sha256_cid(data) == cid:
+                break
+        if len(data) > _MOST[what]:
+            raise InvalidManifest(f"{what} {cid}: expected at most {_MOST[what]} bytes, it has more")
         if sha256_cid(data) != cid:
             raise DamagedObject(
                 f"{what} {cid} is damaged: its {len(data)} bytes hash to {sha256_cid(data)}",

@@ -10,35 +10,32 @@ writer killed in the moment in which a gc deletes what it names, is told in docs
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Final, Self
 
-from kvist.errors import (
-    AlreadyExists,
-    Conflict,
-    InvalidInput,
-    InvalidManifest,
-    NotFound,
-    RepositoryNotFound,
-)
+from kvist.errors import AlreadyExists, Conflict, NotFound, RepositoryNotFound
 from kvist.hashing import Buffer
-from kvist.ids import ALGORITHMS, check_name, short
-from kvist.repo import lineage, lock
-from kvist.repo.manifest import Manifest, canonical_json, parse_json
-from kvist.repo.objects import Objects, snapshot_key
+from kvist.repo import lineage, lock, marks
+from kvist.repo.config import CONFIG, CONFIG_MAX, RepositoryConfig
+from kvist.repo.manifest import Manifest
+from kvist.repo.naming import Naming, Wanted
+from kvist.repo.objects import SNAPSHOTS, Objects
 from kvist.repo.pages import PageStore, PutPages
 from kvist.repo.refs import Ref, RefKind, Refs
+from kvist.repo.revision import find
+from kvist.repo.segment import PREFIX as SEGMENTS
+from kvist.repo.signing import Trust
 from kvist.repo.snapshot import Snapshot, check_parts
+from kvist.repo.tier import PageTier, open_tier
 from kvist.repo.wholeness import Wholeness
-from kvist.store import Store, open_store
+from kvist.store import Match, Quota, QuotaStore, Store, open_store
+from kvist.telemetry import counted, operation
 
-CONFIG: Final = "kvist.json"
-FORKS_MAX: Final = 10_000
-"""Most forks in one call."""
-_PREFIX_MIN: Final = 6
+_CONTENT: Final = (*RefKind, SNAPSHOTS, SEGMENTS)
+"""Prefixes of what only a repository has."""
 
 
 class Repository:
@@ -46,77 +43,125 @@ class Repository:
 
     Attributes:
         store: where everything lies.
-        id: made at `init`; tells repositories apart wherever their store moves.
-        page_digest: the algorithm that names pages.
+        config: its id, which tells repositories apart wherever their store moves, and how it names pages.
+        trust: who must have signed a snapshot before it is checked out; ``None``: nobody.
         pages: page halves, see `PageStore`.
         objects: manifests and snapshots, see `Objects`.
         refs: branches and tags, see `Refs`.
     """
 
-    def __init__(self, store: Store, repository_id: str, page_digest: str) -> None:
-        self.store: Final = store
-        self.id: Final = repository_id
-        self.page_digest: Final = page_digest
-        self.pages: Final = PageStore(store, page_digest)
-        self.objects: Final = Objects(store)
-        self.refs: Final = Refs(store)
-        self._wholeness: Final = Wholeness(store, self.objects, self.pages)
+    def __init__(
+        self,
+        store: Store,
+        config: RepositoryConfig,
+        *,
+        trust: Trust | None = None,
+        tiers: Sequence[PageTier] = (),
+    ) -> None:
+        self.store: Final = QuotaStore(store, config.quota) if config.quota else store
+        self.config: Final = config
+        self.trust: Final = trust
+        self.pages: Final = PageStore(self.store, config.page_digest, digest=config.digest, tiers=tiers)
+        self.objects: Final = Objects(self.store)
+        self.refs: Final = Refs(self.store)
+        self._wholeness: Final = Wholeness(self.store, self.objects, self.pages)
+        self._naming: Final = Naming(self.store, self.objects, self.refs, self._wholeness)
+
+    @property
+    def id(self) -> str:
+        """Made at `init`."""
+        return self.config.id
+
+    @property
+    def page_digest(self) -> str:
+        """The algorithm that names pages."""
+        return self.config.page_digest
+
+    @property
+    def page_identity(self) -> str:
+        """Equal in repositories that name equal pages alike; between others nothing can be copied as it is."""
+        return self.config.page_identity
 
     # -- opening -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def init(cls, store: Store | str, *, page_digest: str = "blake3") -> Self:
+    def init(
+        cls, store: Store | str, *, page_digest: str = "blake3", salt: str = "", quota: Quota | None = None
+    ) -> Self:
         """Make a repository in an empty place and open it.
 
         Args:
             store: a store or its url.
             page_digest: ``"blake3"``, or ``"sha256"`` for manifests that the original format's readers accept.
+            salt: 32 random bytes in hex, so that neither digests nor block hashes tell what others have too; for a
+                copy of a repository, its own.
+            quota: what it may hold.
 
         Raises:
             AlreadyExists: there is one.
+            RepositoryNotFound: there was one, and only its config is gone.
         """
-        if page_digest not in ALGORITHMS:
-            raise InvalidInput(f"page digest must be one of {', '.join(ALGORITHMS)}, got {page_digest!r}")
+        config = RepositoryConfig(uuid.uuid4().hex, page_digest, salt, quota or Quota())
         store = open_store(store) if isinstance(store, str) else store
-        config = {"format": "kvist-repository", "version": 1, "id": uuid.uuid4().hex, "page_digest": page_digest}
-        try:
-            store.put(CONFIG, canonical_json(config), mode="create")
-        except AlreadyExists:
-            raise AlreadyExists(f"{store.url} already holds a kvist repository") from None
+        _make(store, config)
         return cls.open(store)
 
     @classmethod
-    def open(cls, store: Store | str, *, create: bool = False) -> Self:
+    def open(
+        cls,
+        store: Store | str,
+        *,
+        create: bool = False,
+        trust: Trust | None = None,
+        tiers: Sequence[PageTier | str] = (),
+    ) -> Self:
         """Open a repository.
 
         Args:
             store: a store or its url.
-            create: make one where there is none.
+            create: make one where there is none, and nothing of one.
+            trust: see the class.
+            tiers: nearer copies of pages, or their urls, the first asked first; closed with the repository.
 
         Raises:
-            RepositoryNotFound: there is none.
+            RepositoryNotFound: there is none, or its config is gone.
             InvalidManifest: a config that this version cannot read.
         """
         store = open_store(store) if isinstance(store, str) else store
         try:
-            config = parse_json(store.get(CONFIG), f"{store.url} {CONFIG}")
+            data = store.get(CONFIG, size=CONFIG_MAX + 1)
         except NotFound:
-            if create:
-                try:
-                    return cls.init(store)
-                except AlreadyExists:  # another process was first
-                    return cls.open(store)
-            raise RepositoryNotFound(
-                f"{store.url} holds no kvist repository", hint=f"kvist init --store {store.url}"
-            ) from None
-        if config.get("format") != "kvist-repository" or config.get("version") != 1:
-            raise InvalidManifest(
-                f"{store.url}: expected a kvist-repository of version 1, "
-                f"got {config.get('format')!r:.80} of version {config.get('version')!r:.80}"
-            )
-        if config.get("page_digest") not in ALGORITHMS or not isinstance(config.get("id"), str):
-            raise InvalidManifest(f"{store.url}: {CONFIG} lacks a known page_digest or an id: {config!r:.300}")
-        return cls(store, config["id"], config["page_digest"])
+            if not create:
+                raise RepositoryNotFound(
+                    f"{store.url} holds no kvist repository", hint=f"kvist init --store {store.url}"
+                ) from None
+            with contextlib.suppress(AlreadyExists):  # another process was first
+                _make(store, RepositoryConfig(uuid.uuid4().hex))
+            return cls.open(store, trust=trust, tiers=tiers)
+        config = RepositoryConfig.decode(data, store.url)
+        opened = [open_tier(tier) if isinstance(tier, str) else tier for tier in tiers]
+        return cls(store, config, trust=trust, tiers=opened)
+
+    def set_quota(self, quota: Quota) -> None:
+        """Say what it may hold. It counts for whoever opens it from now on.
+
+        Raises:
+            Conflict: somebody else set it meanwhile.
+        """
+        info = self.store.head(CONFIG)
+        if info is None:
+            raise RepositoryNotFound(f"{self.store.url} holds its repository no more")
+        config = RepositoryConfig.decode(self.store.get(CONFIG, size=CONFIG_MAX + 1), self.store.url)
+        self.store.put(CONFIG, replace(config, quota=quota).encode(), mode=Match(info.etag))
+
+    def require_trusted(self, cid: str) -> None:
+        """Refuse to check a snapshot out that no trusted key signed, if there is such a policy.
+
+        Raises:
+            UntrustedSnapshot: it has no such signature.
+        """
+        if self.trust is not None:
+            self.trust.require(self.store, cid)
 
     def close(self) -> None:
         """Stop worker threads and close the store. Idempotent."""
@@ -133,8 +178,11 @@ class Repository:
 
     def put_pages(self, pages: Sequence[Buffer]) -> PutPages:
         """Store page halves; see `PageStore.put`. What a running gc is about to delete is written anew."""
-        condemned = lock.condemned(self.store)
-        return self.pages.put(pages, doomed=None if condemned == lock.Condemned() else condemned.loses)
+        with operation("put_pages") as done:
+            condemned = lock.condemned(self.store)
+            put = self.pages.put(pages, doomed=None if condemned == lock.Condemned() else condemned.loses)
+            done.add(nbytes=put.new_bytes, pages=put.new_pages)
+            return put
 
     def commit(
         self,
@@ -168,7 +216,7 @@ class Repository:
         check_parts(manifests)
         tip = self.refs.read(RefKind.BRANCH, branch) if branch is not None else None
         if parents is None:
-            parents = [tip.cid] if tip is not None and tip.cid is not None and not replace else []
+            parents = [tip.cid] if tip is not None and not replace else []
         if not replace and tip is not None and tip.cid not in parents and tip.cid not in self.reachable(parents):
             raise Conflict(
                 f"branch {branch} names {tip.cid}, which the new snapshot does not continue; moving it would lose that",
@@ -192,18 +240,19 @@ class Repository:
             self._wholeness.confirm([snapshot])
         else:
             try:
-                self._publish_all([(RefKind.BRANCH, branch, snapshot, tip)])
+                self.publish([(RefKind.BRANCH, branch, snapshot, tip)])
             except AlreadyExists as error:
                 raise Conflict(f"{error}; there was no such branch before", hint="read it again and retry") from None
         self._wholeness.learn(snapshot)
         return snapshot
 
+    @counted("fork")
     def fork(self, rev: str, n: int, *, name: str | None = None) -> list[Snapshot]:
         """Make ``n`` snapshots that continue ``rev``, each with its own branch. No page is read or copied.
 
         Args:
             rev: what to fork; see `resolve`.
-            n: how many, 1 to `FORKS_MAX`.
+            n: how many, 1 to 10,000.
             name: branches are called ``name/0``, ``name/1``, …; default ``fork/<short cid>-<random>/0``, ….
 
         Returns:
@@ -211,50 +260,28 @@ class Repository:
 
         Raises:
             AlreadyExists: a branch of such a name exists; no fork was made.
+            NotFound, Conflict: see `branch`.
         """
-        if type(n) is not int or not 1 <= n <= FORKS_MAX:
-            raise InvalidInput(f"the number of forks must be in [1, {FORKS_MAX}], got {n!r}")
-        cid = self.resolve(rev)
-        source = self.objects.snapshot(cid)
-        base = check_name(name) if name is not None else f"fork/{short(cid)}-{secrets.token_hex(4)}"
-        self._wholeness.require_pages(map(self.objects.manifest, source.manifests))
-        for taken in set(self.refs.names(RefKind.BRANCH)) & {f"{base}/{i}" for i in range(n)}:
-            if self.refs.read(RefKind.BRANCH, taken) is not None:  # a deleted branch leaves its name free
-                raise AlreadyExists(f"branch {taken} exists", hint="choose another name")
-        forks = [
-            Snapshot(
-                source.manifests,
-                (cid,),
-                source.tokens,
-                f"{base}/{i}",
-                created_ns=time.time_ns(),
-                nonce=secrets.token_hex(8),
-            )
-            for i in range(n)
-        ]
-        self.objects.put_snapshots(forks)
-        self._publish_all([(RefKind.BRANCH, f"{base}/{i}", fork, None) for i, fork in enumerate(forks)])
-        return forks
+        return self._naming.fork(rev, n, name=name)
 
     def branch(self, name: str, rev: str, *, move: bool = False) -> Ref:
         """Make a branch at ``rev``; with ``move``, point an existing one there.
 
         Raises:
             AlreadyExists: it exists, and ``move`` is false.
+            NotFound: there is no such snapshot, or not all that it descends from.
             Conflict: it moved meanwhile, or a gc is deleting the snapshot.
         """
-        found = self.refs.read(RefKind.BRANCH, name)
-        if found is not None and not move:
-            raise AlreadyExists(f"branch {name} exists and names {found.cid}", hint=f"kvist branch --move {name} {rev}")
-        return self._name(RefKind.BRANCH, name, rev, found)
+        return self._naming.branch(name, rev, move=move)
 
     def tag(self, name: str, rev: str) -> Ref:
         """Tag a snapshot, for ever.
 
         Raises:
             AlreadyExists: the tag exists, or existed once.
+            NotFound, Conflict: see `branch`.
         """
-        return self._name(RefKind.TAG, name, rev, None)
+        return self._naming.tag(name, rev)
 
     def delete_ref(self, kind: RefKind, name: str) -> Ref:
         """Delete a branch or tag and return what it was.
@@ -263,78 +290,64 @@ class Repository:
             NotFound: there is none of that name.
             Conflict: it moved meanwhile.
         """
-        found = self.refs.read(kind, name)
-        if found is None:
-            raise NotFound(f"there is no {kind.noun} {name}")
-        self.refs.delete(found)
-        return found
+        return self._naming.delete(kind, name)
 
     def mend_ref(self, kind: RefKind, name: str, rev: str) -> Ref:
         """Point a branch or tag whose record is unreadable at a snapshot.
 
         Raises:
             AlreadyExists: it is readable: there is nothing to mend.
-            Conflict: it changed meanwhile, or a gc is deleting the snapshot.
+            NotFound, Conflict: see `branch`.
         """
-        snapshot = self._to_name(rev)
-        ref = self.refs.mend(kind, name, snapshot.cid)
-        try:
-            self._wholeness.confirm([snapshot])
-        except BaseException:
-            with contextlib.suppress(Conflict):
-                self.refs.unmend(ref)
-            raise
-        return ref
+        return self._naming.mend(kind, name, rev)
 
-    def _name(self, kind: RefKind, name: str, rev: str, found: Ref | None) -> Ref:
-        return self._publish_all([(kind, name, self._to_name(rev), found)])[0]
-
-    def _to_name(self, rev: str) -> Snapshot:
-        """A snapshot that may be named, as far as can be seen before it is."""
-        snapshot = self.objects.snapshot(self.resolve(rev))
-        self._wholeness.require_pages(map(self.objects.manifest, snapshot.manifests))
-        return snapshot
-
-    def _publish_all(self, wanted: Sequence[tuple[RefKind, str, Snapshot, Ref | None]]) -> list[Ref]:
+    def publish(
+        self,
+        wanted: Sequence[Wanted],
+        *,
+        keys: Collection[str] = (),
+        digests: Collection[str] = (),
+    ) -> list[Ref]:
         """Name stored snapshots, each by a ref that was read before, under the protocol of `kvist.repo.lock`.
+
+        What `commit`, `branch` and the like do in the end; for whoever stores several snapshots and names the last.
+
+        Args:
+            wanted: kind, name, snapshot, and the ref as it was read; ``None``: there was none.
+            keys: of snapshots and manifests that must be there and stay; a named snapshot that is not among them is
+                looked at by itself, with all that it needs.
+            digests: of pages that must.
 
         Raises:
             AlreadyExists, Conflict: nothing is named.
+            NotFound: likewise; a named snapshot that is looked at by itself has lost an ancestor.
         """
-        snapshots = [snapshot for _, _, snapshot, _ in wanted]
-        if lock.holder(self.store) is not None:
-            self._wholeness.confirm(snapshots)
-        published: list[tuple[Ref, Ref | None]] = []
-        try:
-            for kind, name, snapshot, found in wanted:
-                cid = snapshot.cid
-                ref = self.refs.create(kind, name, cid) if found is None else self.refs.move(found, cid)
-                published.append((ref, found))
-            self._wholeness.confirm(snapshots)
-        except BaseException:
-            for ref, found in published:
-                with contextlib.suppress(Conflict):  # somebody moved the ref on meanwhile: it is theirs now
-                    self._take_back(ref, found)
-            raise
-        return [ref for ref, _ in published]
-
-    def _take_back(self, ref: Ref, found: Ref | None) -> None:
-        if found is not None and found.cid is not None:
-            self.refs.move(ref, found.cid)
-        elif ref.kind is RefKind.TAG:
-            self.refs.withdraw(ref)
-        else:
-            self.refs.delete(ref)
+        return self._naming.publish(wanted, keys=keys, digests=digests)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     def get_pages(self, digests: Sequence[str], outs: Sequence[memoryview]) -> None:
         """Read page halves into ready buffers, verified; see `PageStore.get_into`."""
-        self.pages.get_into(digests, outs)
+        with operation("get_pages") as done:
+            self.pages.get_into(digests, outs)
+            done.add(nbytes=sum(map(len, outs)), pages=len(outs))
 
     def manifest(self, cid: str) -> Manifest:
         """The manifest of that cid; see `Objects.manifest`."""
         return self.objects.manifest(cid)
+
+    def manifests(self, rev: str) -> list[Manifest]:
+        """The manifests of the snapshot that ``rev`` names, in its order.
+
+        Raises:
+            NotFound: nothing is called so.
+            PrunedSnapshot: its record is kept, what it named is not.
+        """
+        return self._wholeness.manifests(self.snapshot(rev))
+
+    def pruned(self) -> set[str]:
+        """Cids of the snapshots that were pruned; what a ref names is not, as long as it does."""
+        return marks.pruned(self.store).keys() - {ref.cid for ref in self.refs.all()}
 
     def snapshot(self, rev: str) -> Snapshot:
         """The snapshot that ``rev`` names; see `resolve`."""
@@ -347,24 +360,7 @@ class Repository:
             NotFound: nothing is called so.
             InvalidInput: several things are.
         """
-        digits = rev.removeprefix("sha256:")
-        is_hex = bool(digits) and all(c in "0123456789abcdef" for c in digits)
-        if is_hex and len(digits) == 64:
-            cid = f"sha256:{digits}"
-            if not self.objects.has(snapshot_key(cid)):
-                raise NotFound(f"there is no snapshot {cid}")
-            return cid
-        found: dict[str, str] = {}
-        if digits == rev:
-            refs = [self.refs.read(kind, rev) for kind in RefKind]
-            found = {f"{ref.kind.noun} {rev}": ref.cid for ref in refs if ref is not None and ref.cid is not None}
-        if not found and is_hex and len(digits) >= _PREFIX_MIN:
-            found = {cid: cid for cid, _ in self.objects.snapshots() if cid.startswith(f"sha256:{digits}")}
-        if not found:
-            raise NotFound(f"no snapshot, branch or tag is called {rev!r}", hint="kvist log")
-        if len(set(found.values())) > 1:
-            raise InvalidInput(f"{rev!r} is ambiguous: {', '.join(f'{k} ({v})' for k, v in sorted(found.items()))}")
-        return next(iter(found.values()))
+        return find(self.objects, self.refs, rev)[0]
 
     def reachable(self, tips: Iterable[str] | None = None) -> dict[str, Snapshot]:
         """Snapshots that ``tips`` (default: all refs) descend from, themselves included.
@@ -373,7 +369,7 @@ class Repository:
             NotFound: a tip or an ancestor is not stored.
         """
         if tips is None:
-            tips = [ref.cid for ref in self.refs.all() if ref.cid is not None]
+            tips = [ref.cid for ref in self.refs.all()]
         return {
             cid: self.objects.snapshot(cid)
             for cid in lineage.ancestors(tips, lambda c: self.objects.snapshot(c).parents)
@@ -383,3 +379,15 @@ class Repository:
         """Snapshots that ``rev`` (default: all refs) reaches, children before parents, newest first."""
         snapshots = self.reachable(None if rev is None else [self.resolve(rev)])
         return [snapshots[cid] for cid in lineage.newest_first(snapshots)]
+
+
+def _make(store: Store, config: RepositoryConfig) -> None:
+    if any(next(iter(store.list(prefix)), None) for prefix in _CONTENT) and store.head(CONFIG) is None:
+        raise RepositoryNotFound(
+            f"{store.url} holds a repository whose {CONFIG} is gone; a new one would name its pages in another way",
+            hint=f"put {CONFIG} back from a copy",
+        )
+    try:
+        store.put(CONFIG, config.encode(), mode="create")
+    except AlreadyExists:
+        raise AlreadyExists(f"{store.url} already holds a kvist repository") from None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,6 +29,7 @@ _MAGIC: Final = b"KVISTSEG"
 _FOOTER: Final = struct.Struct("<8sIIQQ32s")
 _ENTRY: Final = struct.Struct("<32sQ")
 _GUESS: Final = 64 * 1024
+_GUESS_MAX: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,11 @@ def encode_index(algorithm: str, digests: Sequence[bytes], lengths: Sequence[int
     return index + footer
 
 
+def index_of(key: str, digests: Sequence[bytes], lengths: Iterable[int], modified: float) -> Segment:
+    """The index of a segment of these pages."""
+    return Segment(key, digests, array("Q", itertools.accumulate(lengths, initial=0)), modified)
+
+
 def read_index(store: Store, key: str, size: int, modified: float, algorithm: str) -> Segment:
     """Read and check the index of a segment of ``size`` bytes.
 
@@ -99,5 +105,22 @@ def read_index(store: Store, key: str, size: int, modified: float, algorithm: st
             f"{key}: its index tells of {sum(lengths)} bytes in pages of {min(lengths, default=0)} bytes or more, "
             f"its footer of {data_bytes}"
         )
-    offsets = array("Q", itertools.accumulate(lengths, initial=0))
-    return Segment(key, [digest for digest, _ in entries], offsets, modified)
+    return index_of(key, [digest for digest, _ in entries], lengths, modified)
+
+
+def guess_lengths(store: Store, key: str, size: int) -> list[int]:
+    """Lengths of the pages of a segment of ``size`` bytes whose index cannot be trusted; none where they do not fit.
+
+    The entries are read from the last to the first, until pages, entries and footer together make up the segment: the
+    one number of them at which they do, were it not damaged.
+    """
+    tail = store.get(key, start=max(0, size - _GUESS_MAX))
+    lengths: list[int] = []
+    total = _FOOTER.size
+    for end in range(len(tail) - _FOOTER.size, _ENTRY.size - 1, -_ENTRY.size):
+        _, length = _ENTRY.unpack_from(tail, end - _ENTRY.size)
+        lengths.append(length)
+        total += length + _ENTRY.size
+        if total >= size or not length:
+            break
+    return lengths[::-1] if total == size else []

@@ -24,6 +24,8 @@ _KEYS: Final = frozenset(
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 MESSAGE_MAX: Final = 10_000
 """Longest message, in characters."""
+SNAPSHOT_MAX: Final = 16 << 20
+"""Most bytes of a record that is read."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from kvist.server.tokenizer import Tokenizer
 
 
 @dataclass(slots=True, kw_only=True)
-class Answer:
+class Answer(ABC):
     """What all chunks of one answer have in common.
 
     Attributes:
@@ -78,8 +79,9 @@ class Answer:
             choice["kvist"] = {"logits": base64.b64encode(data).decode(), "shape": shape}
         return choice
 
+    @abstractmethod
     def _content(self, piece: Piece, first: bool, stream: bool) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a choice says."""
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

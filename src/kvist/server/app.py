@@ -7,37 +7,39 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-import kvist
-from kvist.server.errors import error_response
 from kvist.server.offer import Offer
 from kvist.server.openai import OpenAI, Requests
+from kvist.server.openapi import add_description
 from kvist.server.plan import Served
+from kvist.server.routing import Table, application, health, version
 from kvist.server.schema import BODY_MAX
+from kvist.server.seeing import Seeing
 from kvist.server.sessions import Sessions
 from kvist.server.snapshots import Snapshots
-from kvist.server.wire import Endpoint, guarded, json_response
+from kvist.server.ui import View
+from kvist.server.wire import guarded, json_response
 
 if TYPE_CHECKING:
-    from kvist.engines.hf import Engine, SamplingParams
+    from kvist.engines.hf import AnyEngine, SamplingParams
     from kvist.pager.base import CachePager
     from kvist.repo import Repository
     from kvist.server.tokenizer import Tokenizer
 
 
 def create_app(
-    engine: Engine,
+    engine: AnyEngine,
     repo: Repository,
     *,
-    pager: Callable[[Engine], CachePager],
+    pager: Callable[[AnyEngine], CachePager],
     params: Callable[..., SamplingParams],
     tokenizer: Tokenizer | None = None,
     name: str | None = None,
     offer: Offer | None = None,
+    seeing: Seeing | None = None,
     body_max: int = BODY_MAX,
 ) -> Starlette:
     """The application over a started engine. The caller owns engine and repository, and closes them.
@@ -50,12 +52,19 @@ def create_app(
         tokenizer: ``None``: only token ids can be sent.
         name: what clients call the model; default the layout's model name.
         offer: the cartridges that requests may use, and how they choose; default those that the engine was given.
+        seeing: what the process shows of itself; default: what only this application knows.
         body_max: largest request body, in bytes.
     """
+    seeing = seeing or Seeing()
+    sessions = Sessions(engine, repo, lambda: pager(engine))
+    called = name or engine.layout.model or "model"
+    page = seeing.page(sessions, called)
+    assert page.engine is not None
     served = Served(
-        name=name or engine.layout.model or "model",
+        name=called,
         engine=engine,
-        sessions=Sessions(engine, repo, lambda: pager(engine)),
+        sessions=sessions,
+        recent=page.engine.recent,
         offer=offer or Offer(engine),
         params=params,
         tokenizer=tokenizer,
@@ -63,9 +72,11 @@ def create_app(
     )
     requests = Requests()
     openai, snapshots = OpenAI(served, requests), Snapshots(served.sessions, requests, body_max)
-    routes: list[tuple[str, str, Endpoint]] = [
-        ("GET", "/health", _health),
-        ("GET", "/version", _version),
+    table: Table = [
+        ("GET", "/health", health),
+        ("GET", "/version", version),
+        ("GET", "/metrics", seeing.metrics.endpoint),
+        *View(page).routes(),
         ("GET", "/v1/models", openai.models),
         ("GET", "/v1/models/{model:path}", openai.model),
         ("POST", "/v1/completions", openai.completions),
@@ -79,16 +90,13 @@ def create_app(
         ("GET", "/v1/processfork/sequences", snapshots.sequences),
         ("DELETE", "/v1/processfork/sequences/{id:path}", snapshots.drop),
     ]
-    more = _cartridge_routes(engine, served.offer, body_max)
-    app = Starlette(
-        routes=more + [Route(path, guarded(endpoint), methods=[method]) for method, path, endpoint in routes],
-        exception_handlers={HTTPException: _http_error},
-    )
-    app.state.served = served
+    app = application(table, more=_cartridge_routes(engine, served.offer, body_max))
+    app.state.served, app.state.page = served, page
+    add_description(app)
     return app
 
 
-def _cartridge_routes(engine: Engine, offer: Offer, body_max: int) -> list[Route]:
+def _cartridge_routes(engine: AnyEngine, offer: Offer, body_max: int) -> list[Route]:
     library = offer.library
     if library is None:
         return []
@@ -99,15 +107,3 @@ def _cartridge_routes(engine: Engine, offer: Offer, body_max: int) -> list[Route
 
     routes = cartridge_routes(lambda: library, body_max=body_max)
     return [Route("/v1/kvist/stats", guarded(stats), methods=["GET"]), *routes]
-
-
-async def _http_error(_: Request, error: Exception) -> Response:
-    return error_response(error)
-
-
-async def _health(_: Request) -> Response:
-    return json_response({"status": "ok"})
-
-
-async def _version(_: Request) -> Response:
-    return json_response({"version": kvist.__version__})

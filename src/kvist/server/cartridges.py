@@ -10,10 +10,9 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -24,7 +23,7 @@ from kvist.errors import AlreadyExists, Conflict, NotFound, UnknownCartridge
 from kvist.ids import check_name
 from kvist.repo import Repository
 from kvist.server.errors import BadRequest
-from kvist.server.schema import BODY_MAX, read_body
+from kvist.server.schema import BODY_MAX, CartridgeBody, read_body
 from kvist.server.wire import guarded, json_response
 
 if TYPE_CHECKING:
@@ -39,29 +38,6 @@ _T = TypeVar("_T")
 _THREADS: Final = 8
 _BESIDE: Final = {"path": "manifest_path", "store": "rev", "hub": "revision"}
 """Where a cartridge comes from, and what else may be said of it."""
-
-
-class CartridgeBody(Struct, forbid_unknown_fields=True):
-    """``POST /v1/kvist/cartridges``: where a cartridge is, and what it is called here.
-
-    Attributes:
-        cartridge_id: default its own.
-        path: of a directory or a checkpoint on the server, absolute; with ``manifest_path`` the latter's sidecar.
-        store: url of a repository; with ``rev`` the snapshot there.
-        hub: a repository of the Hugging Face hub; with ``revision`` its commit.
-        labels: for routers, beside its own.
-        replace: whether another one of this id may be replaced.
-    """
-
-    cartridge_id: str | None = None
-    path: str | None = None
-    manifest_path: str | None = None
-    store: str | None = None
-    rev: str | None = None
-    hub: str | None = None
-    revision: str | None = None
-    labels: Annotated[dict[str, str], Meta(max_length=64)] = {}
-    replace: bool = False
 
 
 def cartridge_routes(

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from kvist.errors import (
+    AccessDenied,
     AlreadyExists,
     CartridgeNotReady,
     CartridgeTooLarge,
@@ -23,10 +24,12 @@ from kvist.errors import (
     KvistError,
     LayoutMismatch,
     NotFound,
+    PageNameMismatch,
     PoolExhausted,
     ResidencyFull,
     StoreError,
     StoreFull,
+    Unauthorized,
     UnsupportedModel,
 )
 
@@ -62,10 +65,13 @@ STATUS: Final[dict[type[KvistError], int]] = {
     BodyTooLarge: 413,
     InvalidManifest: 422,
     InvalidCartridge: 422,
+    Unauthorized: 401,
+    AccessDenied: 403,
     NotFound: 404,
     AlreadyExists: 409,
     Conflict: 409,
     LayoutMismatch: 409,
+    PageNameMismatch: 409,
     IntegrityError: 500,
     StoreError: 503,
     StoreFull: 507,
@@ -82,6 +88,7 @@ Envelope = Callable[[Exception], dict[str, Any]]
 """How an error is told: `envelope`, or another server's form."""
 
 _RETRY_AFTER_S: Final = "1"
+_CHALLENGE: Final = 'Bearer realm="kvist"'
 _HTTP_KINDS: Final = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -113,6 +120,8 @@ def error_response(error: Exception, form: Envelope = envelope) -> Response:
     if isinstance(error, KvistError):
         status = status_of(error)
         headers = {"Retry-After": _RETRY_AFTER_S} if is_passing(error) else {}
+        if isinstance(error, Unauthorized):
+            headers["WWW-Authenticate"] = _CHALLENGE
         if status >= 500:
             log.warning("%s: %s", error.kind, error)
     elif isinstance(error, HTTPException):

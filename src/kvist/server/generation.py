@@ -20,7 +20,7 @@ from kvist.cartridge.placing import Prefix
 from kvist.server.text import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
-    from kvist.engines.hf import Engine, Request, SamplingParams, StepOutput
+    from kvist.engines.hf import AnyEngine, Request, SamplingParams, StepOutput
 
 SEEDS: Final = 2**63
 
@@ -120,7 +120,7 @@ class Choice:
         self._deliver = deliver
         self._length = 0
 
-    def submit(self, engine: Engine) -> None:
+    def submit(self, engine: AnyEngine) -> None:
         """Queue it; raises what `Engine.submit` raises."""
         start = self.start
         first = len(start.token_ids) - start.extra if start.resume else start.skipped
@@ -200,7 +200,7 @@ class Generation:
         self._unstarted = set(range(len(starts)))
         self._arrived: asyncio.Queue[Piece | Exception] = asyncio.Queue()
 
-    def submit(self, engine: Engine) -> None:
+    def submit(self, engine: AnyEngine) -> None:
         """Queue all choices, or none; raises what `Engine.submit` raises. For a worker thread: it may wait."""
         try:
             for choice in self.choices:

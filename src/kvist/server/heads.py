@@ -56,7 +56,7 @@ class Heads:
         tip = self._repo.refs.read(RefKind.BRANCH, branch)
         if given is not None:
             cids = list(dict.fromkeys(self._repo.resolve(rev) for rev in given))
-            if tip is not None and tip.cid is not None and not self._reaches(cids, tip.cid):
+            if tip is not None and not self._reaches(cids, tip.cid):
                 raise Conflict(
                     f"branch {branch} names {tip.cid}, from which the given parents do not descend",
                     hint="take another branch, or leave the parents out",
@@ -64,7 +64,7 @@ class Heads:
             return cids
         # a gc may have taken a head that no branch named any more
         cids = list(dict.fromkeys(cid for cid in heads if cid and self._repo.objects.has(snapshot_key(cid))))
-        if tip is not None and tip.cid is not None and not self._reaches(cids, tip.cid):
+        if tip is not None and not self._reaches(cids, tip.cid):
             cids.append(tip.cid)
         return cids
 

@@ -68,7 +68,7 @@ class History:
 
         def show() -> dict[str, Any]:
             snapshot = self._repo.snapshot(rev)
-            parts = parts_of_rank([self._repo.manifest(cid) for cid in snapshot.manifests], self._rank)
+            parts = parts_of_rank(self._repo.manifests(snapshot.cid), self._rank)
             first = parts[0]
             return _record(snapshot, self._refs()) | {
                 "manifests": snapshot.manifests,
@@ -101,8 +101,7 @@ class History:
     def _refs(self) -> dict[str, list[tuple[str, str]]]:
         refs: dict[str, list[tuple[str, str]]] = {}
         for ref in self._repo.refs.all():
-            if ref.cid is not None:
-                refs.setdefault(ref.cid, []).append((RefKind(ref.kind).noun, ref.name))
+            refs.setdefault(ref.cid, []).append((RefKind(ref.kind).noun, ref.name))
         return refs
 
 

@@ -18,7 +18,7 @@ from kvist.server.schema import Transfer
 if TYPE_CHECKING:
     from kvist.cartridge.config import CartridgeConfig
     from kvist.cartridge.library import Library
-    from kvist.engines.hf import Engine
+    from kvist.engines.hf import AnyEngine, Engine
 
 log = logging.getLogger("kvist.server")
 
@@ -32,7 +32,7 @@ class Offer:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AnyEngine,
         library: Library | None = None,
         router: CartridgeRouter | None = None,
         *,

@@ -17,6 +17,7 @@ from kvist.errors import NotFound
 from kvist.ids import short
 from kvist.server.answers import Answer, ChatAnswer, CompletionAnswer
 from kvist.server.delivery import deliver, require_consistent
+from kvist.server.errors import BadRequest
 from kvist.server.generation import Generation, sequence_ids
 from kvist.server.lanes import Lanes
 from kvist.server.plan import Plan, Served, make_plan
@@ -24,6 +25,7 @@ from kvist.server.schema import ChatBody, CompletionBody, read_body
 from kvist.server.wire import json_response
 
 _REMEMBERED: Final = 10_000
+_ID_MAX: Final = 200
 _RESUMES: Final = 3
 """Times to check a sequence out and submit; between the two, the engine may evict it for want of room."""
 
@@ -101,10 +103,19 @@ class OpenAI:
     async def _answer(self, request: Request, body: CompletionBody | ChatBody, prefix: str) -> Response:
         require_consistent(body)
         client_id = request.headers.get("x-request-id")
+        if client_id is not None and len(client_id) > _ID_MAX:  # it is remembered
+            raise BadRequest(f"X-Request-Id: expected at most {_ID_MAX} characters, got {len(client_id)}")
         plan, generation = await self._submit(prefix, client_id, body)
         answer = self._shape(generation.id, body, plan)
         headers = {"X-Request-Id": client_id or generation.id}
-        return await deliver(request, body, answer, generation, plan.prompts, headers)
+        watched = self._served.recent.watch(
+            generation,
+            id=generation.id,
+            kind="chat" if isinstance(body, ChatBody) else "completion",
+            begun_with=_begun_with(plan),
+            prompts=plan.prompts,
+        )
+        return await deliver(request, body, answer, watched, len(plan.prompts), headers)
 
     async def _submit(
         self, prefix: str, client_id: str | None, body: CompletionBody | ChatBody
@@ -147,3 +158,10 @@ class OpenAI:
 
     def _echo(self, body: CompletionBody, ids: Any) -> str:
         return body.prompt if isinstance(body.prompt, str) and body.prompt else self._served.decode(ids)
+
+
+def _begun_with(plan: Plan) -> str:
+    """What a request went on from, for people."""
+    if plan.session is not None:
+        return short(plan.session.cid)
+    return "" if plan.cartridge is None else plan.cartridge.cartridge_id

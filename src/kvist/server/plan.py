@@ -16,12 +16,13 @@ from kvist.server.errors import BadRequest
 from kvist.server.generation import SEEDS, Start, derived_seed, fresh_seed
 from kvist.server.offer import Offer
 from kvist.server.prompts import is_text, prompt_field, prompts_of
+from kvist.server.recent import Prompt, Recent
 from kvist.server.schema import ChatBody, CompletionBody, GenerationBody, Transfer
 from kvist.server.sessions import Session, Sessions
 from kvist.server.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from kvist.engines.hf import Engine, SamplingParams
+    from kvist.engines.hf import AnyEngine, SamplingParams
 
 _CHOICES_MAX: Final = 1024
 _LOGITS_MAX: Final = 256 * 1024 * 1024
@@ -38,6 +39,7 @@ class Served:
         name: what clients call the model.
         engine: runs already.
         sessions: relates it to the repository.
+        recent: remembers the last requests.
         params: the engine's class of sampling parameters.
         offer: the cartridges that requests may use.
         tokenizer: ``None``: only token ids can be sent.
@@ -45,8 +47,9 @@ class Served:
     """
 
     name: str
-    engine: Engine
+    engine: AnyEngine
     sessions: Sessions
+    recent: Recent
     offer: Offer
     params: Callable[..., SamplingParams]
     tokenizer: Tokenizer | None
@@ -69,13 +72,13 @@ class Plan:
 
     Attributes:
         starts: by choice; the choices of one prompt lie together.
-        prompts: how many prompts.
+        prompts: as the server remembers them.
         session: the snapshot's sequence that they continue, if they do.
         cartridge: what they begin with; of several prompts the first one, and where it stands there.
     """
 
     starts: list[Start]
-    prompts: int
+    prompts: list[Prompt]
     session: Session | None
     cartridge: Prefix | None = None
 
@@ -107,7 +110,7 @@ def make_plan(served: Served, body: CompletionBody | ChatBody) -> Plan:
     ]
     if body.wants_logits and not body.stream:
         _check_logits(sum(start.params.max_tokens for start in starts), served.engine.model.vocab)
-    return Plan(starts, len(prompts), session, cartridges[0])
+    return Plan(starts, [served.recent.prompt(start.token_ids) for start in starts[::n]], session, cartridges[0])
 
 
 def _session(served: Served, transfer: Transfer | None) -> Session | None:

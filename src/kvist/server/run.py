@@ -16,6 +16,7 @@ from anyio import to_thread
 from starlette.types import ASGIApp
 
 from kvist.errors import InvalidInput
+from kvist.server.access import require_guarded
 
 GRACE_S: Final = 5.0
 """Seconds that requests in progress get at the end."""
@@ -23,14 +24,20 @@ _LAST_S: Final = 10
 """Seconds after which uvicorn cuts whatever still is open."""
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, *, guarded: bool = False) -> socket.socket:
     """A listening socket; port 0 takes a free one.
+
+    Args:
+        host, port: the address.
+        guarded: whether what will be served there asks for tokens; without, only this machine may reach it.
 
     Raises:
         InvalidInput: the address cannot be had.
+        Unguarded: it would be open to everybody.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        require_guarded(host, str(address[0]), guarded=guarded)
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -75,8 +82,10 @@ class Server(uvicorn.Server):
             app,
             lifespan="off",
             ws="none",
+            log_config=None,  # the process's own: one form for all lines
             log_level=log_level,
             access_log=False,
+            server_header=False,
             timeout_graceful_shutdown=int(grace_s) + _LAST_S,
         )
         super().__init__(config)

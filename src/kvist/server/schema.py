@@ -20,7 +20,7 @@ from kvist.server.errors import BadRequest, BodyTooLarge
 BODY_MAX: Final = 32 * 1024 * 1024
 """Default for the largest body, in bytes."""
 
-_HARMLESS: Final = frozenset(
+HARMLESS: Final = frozenset(
     {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
         "priority", "request_id",
@@ -217,6 +217,29 @@ class VllmCheckoutBody(CheckoutBody):
     verify: bool = True
 
 
+class CartridgeBody(Struct, forbid_unknown_fields=True):
+    """``POST /v1/kvist/cartridges``: where a cartridge is, and what it is called here.
+
+    Attributes:
+        cartridge_id: default its own.
+        path: of a directory or a checkpoint on the server, absolute; with ``manifest_path`` the latter's sidecar.
+        store: url of a repository; with ``rev`` the snapshot there.
+        hub: a repository of the Hugging Face hub; with ``revision`` its commit.
+        labels: for routers, beside its own.
+        replace: whether another one of this id may be replaced.
+    """
+
+    cartridge_id: str | None = None
+    path: str | None = None
+    manifest_path: str | None = None
+    store: str | None = None
+    rev: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    labels: Annotated[dict[str, str], Meta(max_length=64)] = {}
+    replace: bool = False
+
+
 _Body = TypeVar("_Body", bound=Struct)
 _PATH: Final = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
 _FIELD: Final = re.compile(r"(?:unknown|missing required) field `([^`]*)`")
@@ -293,7 +316,7 @@ def _without_neutral(document: dict[str, Any], known: tuple[str, ...]) -> dict[s
     for name, value in document.items():
         if name in known:
             kept[name] = value
-        elif name in _HARMLESS:
+        elif name in HARMLESS:
             continue
         elif name not in _NEUTRAL:
             raise BadRequest(f"unknown parameter {name!r:.200}", param=name[:200])

@@ -9,6 +9,7 @@ copies only pages that none of them has.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -22,10 +23,12 @@ from kvist.pager.base import CachePager
 from kvist.pager.capture import Captured, capture
 from kvist.pager.restore import Restored, restore
 from kvist.repo import LogicalSeq, Manifest, Repository
+from kvist.repo.keeper import Keeper
 from kvist.server.heads import Heads
+from kvist.telemetry import operation
 
 if TYPE_CHECKING:
-    from kvist.engines.hf import Engine
+    from kvist.engines.hf import AnyEngine
 
 _OURS: Final = re.compile(r"^(?:[0-9a-f]{12}/)+")
 
@@ -69,13 +72,14 @@ class CheckedOut:
 class Sessions:
     """The engine's sequences and the repository's snapshots, kept in relation. Thread-safe."""
 
-    def __init__(self, engine: Engine, repo: Repository, pager: Callable[[], CachePager]) -> None:
+    def __init__(self, engine: AnyEngine, repo: Repository, pager: Callable[[], CachePager]) -> None:
         """``pager`` makes a pager of ``engine``; each checkout and capture takes a new one."""
         self.engine, self.repo = engine, repo
         self._pager = pager
         self._captures, self._checkouts, self._memory = threading.Lock(), threading.Lock(), threading.Lock()
         self._arenas = Arena(), Arena()
         self._heads = Heads(repo)
+        self._keeper = Keeper(repo, self, Sessions._held, holder=f"kvist serve, process {os.getpid()}")
         self._engine_heads: dict[str, tuple[str, ...]] = {}  # head to its sequences in the engine; () for a capture
 
     # -- heads ---------------------------------------------------------------------------------------------------
@@ -93,6 +97,16 @@ class Sessions:
     def set_head(self, sequence_ids: Iterable[str], cid: str) -> None:
         """Say that sequences continue ``cid``."""
         self._heads.set(sequence_ids, cid)
+        self._keeper.nudge()
+
+    def close(self) -> None:
+        """Let go of what the engine held in the repository. Idempotent; the engine and the repository stay open."""
+        self._keeper.close()
+
+    def _held(self) -> list[str]:
+        """What a gc must leave: the heads of the engine and of the sequences that are there."""
+        heads = [self.head(info.id) for info in self.engine.sequences()]
+        return [*self.engine_heads(), *(cid for cid in heads if cid is not None)]
 
     # -- snapshot ------------------------------------------------------------------------------------------------
 
@@ -119,7 +133,7 @@ class Sessions:
             NotFound, InvalidName, StoreFull, …: see `kvist.pager.capture`.
         """
         check_name(branch)
-        with self._captures:
+        with self._captures, operation("snapshot", branch=branch) as told:
             cids = self._parents(sequence_ids, branch, parents)
             done = capture(
                 self._pager(),
@@ -131,6 +145,7 @@ class Sessions:
                 branch=branch,
                 arena=self._arenas[0],
             )
+            told.add(nbytes=done.new_bytes, pages=2 * done.pages_copied)
             cid = done.snapshot.cid
             self.set_head([seq.id for seq in self.manifest(cid).sequences], cid)
             if sequence_ids is None:
@@ -146,7 +161,7 @@ class Sessions:
 
     def manifest(self, cid: str) -> Manifest:
         """The manifest of a snapshot for this engine's rank, or else its first."""
-        manifests = [self.repo.manifest(name) for name in self.repo.snapshot(cid).manifests]
+        manifests = self.repo.manifests(cid)
         rank = self.engine.layout.tp_rank
         return next((manifest for manifest in manifests if manifest.layout.tp_rank == rank), manifests[0])
 
@@ -155,9 +170,11 @@ class Sessions:
 
         Raises:
             NotFound: no such snapshot, or no such sequence in it.
+            UntrustedSnapshot: there is a policy, and no trusted key signed it.
             LayoutMismatch, DamagedPage, MissingPage, PoolExhausted: see `kvist.pager.restore`.
         """
         cid = self.repo.resolve(rev)
+        self.repo.require_trusted(cid)
         manifest = self.manifest(cid)
         self.engine.layout.require(manifest.layout, of=f"snapshot {cid}", into="the engine")
         names = _engine_ids(cid, [seq.id for seq in manifest.sequences])
@@ -165,7 +182,7 @@ class Sessions:
         unknown = [name for name in wanted if name not in names]
         if unknown:
             raise NotFound(f"snapshot {cid} has no sequence {unknown[0]!r}")
-        with self._checkouts:
+        with self._checkouts, operation("checkout", cid=cid) as told:
             # Only a checkout makes such names, so what has the name is the snapshot's own, whatever its head is by now.
             present = {info.id for info in self.engine.sequences()}
             missing = [name for name in wanted if names[name] not in present]
@@ -180,6 +197,8 @@ class Sessions:
                     rename=names.__getitem__,
                     arena=self._arenas[1],
                 )
+                halves = 2 * done.pages_loaded
+                told.add(nbytes=halves * self.engine.layout.page_bytes, pages=halves)
                 self.set_head([names[name] for name in missing], cid)
             with self._memory:
                 heads = self._engine_heads
@@ -187,6 +206,7 @@ class Sessions:
                     del heads[gone]
                 if names:
                     heads.setdefault(cid, tuple(names.values()))
+            self._keeper.nudge()
         sessions = [Session(cid, names[seq.id], seq) for seq in manifest.sequences if seq.id in wanted]
         needed = {ix for session in sessions for ix in session.sequence.page_ixs}
         chosen = replace(

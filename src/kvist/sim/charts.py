@@ -61,7 +61,22 @@ class _Axis:
         return [self.low + step * i for i in range(count + 1)]
 
 
-def line_chart(title: str, series: Sequence[Series], *, x: str, y: str, log_x: bool = False) -> Markup:
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place on the horizontal axis that is worth a line.
+
+    Attributes:
+        label: its name.
+        x: where.
+    """
+
+    label: str
+    x: float
+
+
+def line_chart(
+    title: str, series: Sequence[Series], *, x: str, y: str, log_x: bool = False, marks: Sequence[Mark] = ()
+) -> Markup:
     """A drawing of lines over one pair of axes, which begin at 0, but a logarithmic one at a power of 10.
 
     Args:
@@ -70,6 +85,7 @@ def line_chart(title: str, series: Sequence[Series], *, x: str, y: str, log_x: b
         x: name and unit of the horizontal axis.
         y: of the vertical one.
         log_x: whether the horizontal axis is logarithmic.
+        marks: places on it; those beyond its ends are left out.
     """
     drawn = [one for one in series if len(one.xs)]
     if not drawn:
@@ -82,6 +98,7 @@ def line_chart(title: str, series: Sequence[Series], *, x: str, y: str, log_x: b
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
         *(_horizontal(at, float(up.place(np.array([at]))[0])) for at in up.ticks()),
         *(_vertical(at, float(across.place(np.array([at]))[0])) for at in across.ticks()),
+        *(_mark(mark, across) for mark in marks if across.low <= mark.x <= across.high),
         *(_line(one, number, across, up) for number, one in enumerate(drawn, start=1)),
         f'<text class="axis" x="{WIDTH - _RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x)}</text>',
         f'<text class="axis" x="{_LEFT + 6}" y="{_TOP + 6}">{escape(y)}</text>',
@@ -124,6 +141,14 @@ def _horizontal(value: float, at: float) -> str:
 def _vertical(value: float, at: float) -> str:
     text = f'<text x="{at:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{short(value)}</text>'
     return f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>{text}'
+
+
+def _mark(mark: Mark, across: _Axis) -> str:
+    at = float(across.place(np.array([mark.x]))[0])
+    side, anchor = (-5, "end") if at > WIDTH / 2 else (5, "start")
+    text = f'<text class="axis" x="{at + side:.1f}" y="{HEIGHT - _BOTTOM - 8}" text-anchor="{anchor}">'
+    line = f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
+    return f"{line}{text}{escape(mark.label)}</text>"
 
 
 def _round_step(rough: float) -> float:

@@ -5,6 +5,7 @@ A store is synchronous and may be used from several threads, and its data from s
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ class ObjectInfo:
         key: its full key.
         size: bytes.
         modified: seconds since the epoch, by the clock of whoever stores it.
-        etag: changes whenever the bytes may have changed; opaque.
+        etag: changes whenever the bytes may have changed; opaque. Some stores give equal bytes equal etags.
     """
 
     key: str
@@ -104,7 +105,9 @@ class ObjectWriter(ABC):
         """Make the object visible, durably, under its key.
 
         Raises:
-            AlreadyExists: the key was taken meanwhile; the object is discarded.
+            AlreadyExists: the key was taken meanwhile; the object is discarded. A remote store can tell for certain
+                only of small objects: of two large ones that are committed to one key in the same moment the later
+                may win. Write large objects under keys that no other writer has.
         """
 
     @abstractmethod
@@ -163,6 +166,21 @@ class Store(ABC):
     def url(self) -> str:
         """Where it is, in the form that `open_store` takes. Two stores with one url are one store."""
 
+    @property
+    def window(self) -> int:
+        """Bytes that one read should fetch: few enough to stay in a processor's cache, enough to pay for the call."""
+        return 2 << 20
+
+    @property
+    def parallel(self) -> int:
+        """Calls worth having in flight at once, from as many threads."""
+        return min(8, os.cpu_count() or 1)
+
+    @property
+    def has_views(self) -> bool:
+        """Whether bytes come in memory of their own, so that `view` spares a copy that `get_ranges` makes."""
+        return False
+
     @abstractmethod
     def get(self, key: str, *, start: int = 0, size: int | None = None) -> bytes:
         """The object's bytes from ``start``, at most ``size`` of them (default: to its end); none from past its end.
@@ -213,6 +231,15 @@ class Store(ABC):
             if len(data) != len(r.out):
                 raise IntegrityError(f"{key} ends early: wanted {len(r.out)} bytes at {r.start}, got {len(data)}")
             r.out[:] = data
+
+    def view(self, key: str, start: int, size: int) -> memoryview:
+        """``size`` bytes from ``start``, read only: for whoever looks at each part as soon as it is in its place.
+
+        Raises as `get_ranges` with one range.
+        """
+        out = memoryview(bytearray(size))
+        self.get_ranges(key, [Range(start, out)])
+        return out
 
     def put_many(self, items: Sequence[tuple[str, Buffer]], *, mode: Literal["overwrite", "create"]) -> None:
         """Put several objects with, if the store can, one durability barrier for all.

@@ -2,9 +2,10 @@
 
     <root>/<key>         objects; a key's segments are directories
     <root>/.tmp/<name>   unfinished writes, each locked by its writer while that lives
-    <root>/.lock         held for the instant in which an object is replaced or deleted
+    <directory>/.lock    held for the instant in which an object in that directory is replaced or deleted
 
-Keys never start a segment with a dot, so the last two never meet one. Symbolic links are not objects.
+Keys never start a segment with a dot, so the last two never meet one. Symbolic links are not objects. The lock lies
+beside what it guards, so that a store opened at a directory within this one agrees with it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
@@ -52,7 +53,7 @@ class LocalStore(Store):
     """Objects as files below ``root``, safe for any number of threads and processes on one machine.
 
     A new object appears by a hard link, which the kernel refuses if the name is taken: create-only needs no lock. An
-    overwrite, a compare-and-swap and a delete change an existing name, and each holds one lock file while it does:
+    overwrite, a compare-and-swap and a delete change an existing name, and each holds a lock file while it does:
     were only compare-and-swap to take it, an overwrite could slip between its compare and its swap and be lost. The
     data is written, and made durable, before; the lock is held for microseconds.
 
@@ -144,7 +145,7 @@ class LocalStore(Store):
             with translated("delete", path):
                 if _stat(path) is None:
                     continue
-                with self._replacing():
+                with _replacing(path):
                     path.unlink(missing_ok=True)
                 touched.add(path.parent)
         with translated("delete from", self._root):
@@ -213,14 +214,9 @@ class LocalStore(Store):
                     raise StoreError(f"cannot write {path}: it is the directory of other keys") from None
                 raise AlreadyExists(f"{self.url} already has {key}") from None
         else:
-            with self._replacing():
+            with _replacing(path):
                 self._check(key, path, mode)
                 file.path.rename(path)
-
-    @contextmanager
-    def _replacing(self) -> Iterator[None]:
-        with exclusive(self._root / ".lock"):
-            yield
 
     def _put_batch(
         self, items: Sequence[tuple[str, Buffer]], paths: Sequence[Path], mode: Literal["overwrite", "create"]
@@ -275,6 +271,10 @@ class LocalStore(Store):
                     except FileNotFoundError:
                         continue
                 yield info
+
+
+def _replacing(path: Path) -> AbstractContextManager[None]:
+    return exclusive(path.parent / ".lock")
 
 
 def _stat(path: Path) -> os.stat_result | None:

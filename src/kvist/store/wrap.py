@@ -14,7 +14,10 @@ from kvist.store.base import ObjectInfo, ObjectWriter, PutMode, Range, Store
 
 
 class WrapperStore(Store):
-    """Passes every call to ``store``, fast paths too: the base of the others. Closing it closes ``store``."""
+    """Passes every call to ``store``, fast paths too: the base of the others. Closing it closes ``store``.
+
+    One that changes what `get_ranges` reads does so to `view` too, or says that it has no views.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -24,6 +27,21 @@ class WrapperStore(Store):
         """The url of the store below: it is the same data."""
         return self.store.url
 
+    @property
+    def window(self) -> int:
+        """See `Store.window`."""
+        return self.store.window
+
+    @property
+    def parallel(self) -> int:
+        """See `Store.parallel`."""
+        return self.store.parallel
+
+    @property
+    def has_views(self) -> bool:
+        """See `Store.has_views`."""
+        return self.store.has_views
+
     def get(self, key: str, *, start: int = 0, size: int | None = None) -> bytes:
         """See `Store.get`."""
         return self.store.get(key, start=start, size=size)
@@ -31,6 +49,10 @@ class WrapperStore(Store):
     def get_ranges(self, key: str, ranges: Sequence[Range]) -> None:
         """See `Store.get_ranges`."""
         self.store.get_ranges(key, ranges)
+
+    def view(self, key: str, start: int, size: int) -> memoryview:
+        """See `Store.view`."""
+        return self.store.view(key, start, size)
 
     def put(self, key: str, data: Buffer, *, mode: PutMode = "overwrite") -> str:
         """See `Store.put`."""
@@ -107,7 +129,7 @@ class Traffic:
     bytes: int = 0
 
 
-READS = frozenset({"get", "get_ranges"})
+READS = frozenset({"get", "get_ranges", "view"})
 WRITES = frozenset({"put", "put_many", "writer"})
 
 
@@ -154,6 +176,13 @@ class MeteredStore(WrapperStore):
         self._count("get_ranges", calls=1, objects=1)
         self.store.get_ranges(key, ranges)
         self._count("get_ranges", size=sum(len(r.out) for r in ranges))
+
+    def view(self, key: str, start: int, size: int) -> memoryview:
+        """See `Store.view`."""
+        self._count("view", calls=1, objects=1)
+        data = self.store.view(key, start, size)
+        self._count("view", size=size)
+        return data
 
     def put(self, key: str, data: Buffer, *, mode: PutMode = "overwrite") -> str:
         """See `Store.put`."""
@@ -229,6 +258,13 @@ class DelayedStore(WrapperStore):
         self._sleep(self._latency)
         self.store.get_ranges(key, ranges)
         self._transfer(sum(len(r.out) for r in ranges))
+
+    def view(self, key: str, start: int, size: int) -> memoryview:
+        """See `Store.view`."""
+        self._sleep(self._latency)
+        data = self.store.view(key, start, size)
+        self._transfer(size)
+        return data
 
     def put(self, key: str, data: Buffer, *, mode: PutMode = "overwrite") -> str:
         """See `Store.put`."""

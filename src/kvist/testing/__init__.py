@@ -1,1 +1,4 @@
-"""Conformance suites and fakes that kvist ships: subclass one to test your own class. Needs pytest, hypothesis."""
+"""Conformance suites, fakes, and stores that fail on purpose, which kvist ships: run the suites on your own class.
+
+Needs pytest, hypothesis.
+"""

@@ -5,6 +5,7 @@ Two processes do them, crash, and interrupt each other; the store below rots.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis.stateful import precondition, rule
 from kvist.errors import AlreadyExists, Conflict, DamagedPage, IntegrityError, MissingPage, NotFound
 from kvist.hashing import DIGESTS
 from kvist.ids import format_digest
-from kvist.repo import RefKind, Repository, fsck, gc, lock
+from kvist.repo import RefKind, Repository, fsck, gc, lease, lock, mending, prune, repair
 from kvist.testing.repo_model import LAYOUT, RepositoryModel, content, manifest_of, name_of
 
 _who = st.integers(0, 1)
@@ -103,7 +104,7 @@ class RepositoryMachine(RepositoryModel):
         except AlreadyExists:
             assert self.refs.keys() & keys
         except (Conflict, DamagedPage, MissingPage, NotFound):
-            assert cid in self.orphans or not self._pages([cid]) <= self._good()
+            assert cid in self.orphans | self.pruned or not self._pages([cid]) <= self._good()
         else:
             if forks is not None:
                 assert not self.refs.keys() & keys
@@ -153,7 +154,7 @@ class RepositoryMachine(RepositoryModel):
         except (DamagedPage, MissingPage):
             assert interrupt is not None or cid in self.orphans or not self._pages([cid]) <= self._good()
         except (Conflict, NotFound):
-            assert interrupt is not None or cid in self.orphans
+            assert interrupt is not None or cid in self.orphans | self.pruned
         else:
             if ref is not None:
                 assert (ref.kind, ref.name, ref.cid) == (kind, name, cid)
@@ -231,17 +232,82 @@ class RepositoryMachine(RepositoryModel):
         )
         self.plan = None
         self._adopt()
-        reachable = self._reachable()
-        assert self.snapshots.keys() == reachable
-        manifests = {cid for known in self.snapshots.values() for cid in known[0].manifests}
+        assert self.snapshots.keys() == self._kept()
+        manifests = {name for cid in self._held() for name in self.snapshots[cid][0].manifests}
         assert {cid for cid, _ in repo.objects.manifests()} == manifests
-        live = self._live()
+        assert self.pruned <= self._kept(), "a mark is left of a snapshot that is gone"
+        live = self._pages(self._held())
         for each in self._segments():
             used = sum(format_digest("blake3", raw) in live for raw in each.digests)
             assert 2 * used >= len(each.digests), "a segment mostly of dead pages is left"
         assert not [info for info in self.store.list("damaged/") if not self._has_segment(info)]
         assert lock.holder(self.store) is None
         assert gc.plan(repo, min_age=0).is_empty
+
+    @rule(who=_who, last=st.integers(1, 3), branch=_branches | st.just("*"), crash=_crash, interrupt=_interrupt)
+    def prune(self, who: int, last: int, branch: str, crash: tuple[int, bool] | None, interrupt: int | None) -> None:
+        """Thin a branch or all, while the other process perhaps collects."""
+        if interrupt is not None and crash is None:
+            other = self.processes[1 - who][1]
+            self._interrupt(who, interrupt, lambda: gc.apply(other, gc.plan(other, min_age=0)))
+        before = set(self.pruned)
+        named = {*self.refs.values(), *self.leases.values()}
+        rules = prune.Rules(branches=(branch,), last=last)
+        done = self._do(who, crash, lambda repo: prune.apply(repo, prune.plan(repo, rules)))
+        self._adopt()
+        new = self.pruned - before
+        assert not new & named, "a tip, or what a lease holds, was pruned"
+        assert new <= self._reachable()
+        if done is not None:
+            assert new == set(done.snapshots) - before
+            assert prune.plan(self.processes[who][1], rules).is_empty
+
+    @rule(who=_who, pick=_pick, crash=_crash, interrupt=_interrupt)
+    def hold(self, who: int, pick: int, crash: tuple[int, bool] | None, interrupt: int | None) -> None:
+        """Take a lease, perhaps on what a gc is about to delete. One whose holder dies holds on."""
+        cid = self._chosen(pick)
+        if cid is None or cid in self.orphans | self.pruned:
+            return
+        if interrupt is not None and crash is None:  # not both: who dies before it looks does not know what it has
+            other = self.processes[1 - who][1]
+            self._interrupt(who, interrupt, lambda: gc.apply(other, gc.plan(other, min_age=0)))
+        with contextlib.suppress(Conflict):
+            self._do(who, crash, lambda repo: lease.hold(repo, cids=[cid]))
+        for one in lease.read(self.store).live:
+            self.leases.setdefault(one.key, cid)
+        self._adopt()
+
+    @precondition(lambda self: self.leases)
+    @rule(pick=_pick)
+    def release(self, pick: int) -> None:
+        """A lease ends."""
+        key = sorted(self.leases)[pick % len(self.leases)]
+        self.store.delete([key])
+        del self.leases[key]
+
+    @rule(who=_who, crash=_crash)
+    def repair(self, who: int, crash: tuple[int, bool] | None) -> None:
+        """Mend what can be mended alone: nothing whole is lost, and no damage is left that nobody knows of."""
+        good = self._good()
+        done = self._do(who, crash, lambda repo: mending.apply(repo, repair.plan(repo)))
+        assert good <= self._good()
+        if done is not None:
+            assert not done.failed
+            assert {finding.code for finding in done.left} <= {fsck.Code.DAMAGED_PAGE}
+            codes = {finding.code for finding in fsck.check(self.processes[who][1]).findings}
+            assert fsck.Code.DAMAGED_COPY not in codes
+        for one in lease.read(self.store).live:
+            if one.key not in self.leases:  # of a repair that died
+                self.store.delete([one.key])
+
+    @rule(who=_who)
+    def check_on(self, who: int) -> None:
+        """Go on with a check that was stopped: it finds only what is."""
+        report = fsck.check(self.processes[who][1], cursor=self.cursor, max_duration=0)
+        broken = self._live() - self._good()
+        found = {finding.subject for finding in report.findings if finding.code is fsck.Code.DAMAGED_PAGE}
+        assert found <= broken
+        assert {finding.code for finding in report.findings} <= {fsck.Code.DAMAGED_PAGE, fsck.Code.DAMAGED_COPY}
 
     @rule(who=_who, pick=_pick)
     def damage(self, who: int, pick: int) -> None:
@@ -270,12 +336,16 @@ class RepositoryMachine(RepositoryModel):
         broken = live - good
         assert broken <= self.hurt, "a page was lost"
         report = fsck.check(repo)
-        assert {finding.subject for finding in report.findings} == broken, report.findings
-        assert {finding.code for finding in report.findings} <= {fsck.Code.DAMAGED_PAGE}
+        known = {fsck.Code.DAMAGED_PAGE: broken, fsck.Code.DAMAGED_COPY: self._hurt_copies()}
+        for finding in report.findings:
+            assert finding.subject in known[finding.code], report.findings
+        assert broken == {one.subject for one in report.findings if one.affects}, report.findings
         assert {(ref.kind, ref.name): ref.cid for ref in repo.refs.all()} == self.refs
         for cid in self._reachable():
             snapshot, numbers = self.snapshots[cid]
             assert repo.snapshot(cid) == snapshot
+            if cid not in self._whole():
+                continue
             manifest = repo.manifest(snapshot.manifests[0])
             assert manifest == manifest_of(numbers)
             whole = [number for number in numbers if name_of(number) in good]

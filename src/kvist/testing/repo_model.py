@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import random
 import uuid
 from abc import abstractmethod
@@ -15,18 +14,18 @@ from unittest.mock import patch
 
 from hypothesis.stateful import RuleBasedStateMachine
 
-from kvist.errors import DamagedPage, IntegrityError, KvistError, NotFound
+from kvist.errors import DamagedPage, IntegrityError, KvistError
 from kvist.hashing import DIGESTS
 from kvist.ids import format_digest
 from kvist.layout import Layout
-from kvist.repo import LogicalSeq, Manifest, PageEntry, RefKind, Repository, Snapshot, gc, lock, segment
+from kvist.repo import LogicalSeq, Manifest, PageEntry, RefKind, Repository, Snapshot, gc, marks, segment
 from kvist.repo.lineage import ancestors
+from kvist.repo.scan import Cursor
 from kvist.store import MemoryStore, ObjectInfo, Range, Store
 from kvist.testing.faults import CrashingStore, SimulatedCrash
 
 LAYOUT: Final = Layout(page_size_tokens=4, n_layers=1, n_heads=1, head_dim=4, dtype="f16")
 """32 bytes a page half."""
-_NO_PROCESS: Final = 2**31 - 1
 
 
 def content(number: int) -> bytes:
@@ -53,6 +52,10 @@ class _Process(CrashingStore):
         super().__init__(store)
         self.calls_left = -1
         self.interrupt: Callable[[], None] = lambda: None
+
+    @property
+    def parallel(self) -> int:
+        return 1  # or an example could not be run again
 
     def get(self, key: str, *, start: int = 0, size: int | None = None) -> bytes:
         self._tick()
@@ -94,7 +97,8 @@ class RepositoryModel(RuleBasedStateMachine):
         for target, fake in (
             ("kvist.repo.batch.uuid.uuid4", lambda: uuid.UUID(int=chance.getrandbits(128))),
             ("kvist.repo.repository.time", SimpleNamespace(time_ns=lambda: next(count))),
-            ("kvist.repo.repository.secrets", SimpleNamespace(token_hex=lambda n: chance.randbytes(n).hex())),
+            ("kvist.repo.naming.time", SimpleNamespace(time_ns=lambda: next(count))),
+            ("kvist.repo.naming.secrets", SimpleNamespace(token_hex=lambda n: chance.randbytes(n).hex())),
         ):
             self.patches.enter_context(patch(target, fake))
         self.store = self.make_store()
@@ -104,9 +108,12 @@ class RepositoryModel(RuleBasedStateMachine):
         self.refs: dict[tuple[RefKind, str], str] = {}
         self.burnt: set[str] = set()
         self.hurt: set[str] = set()
+        self.pruned: set[str] = set()
+        self.leases: dict[str, str] = {}  # cids by key
+        self.cursor = Cursor()
         self.plan: gc.GcPlan | None = None
         self.numbers: dict[str, tuple[int, ...]] = {}  # contents by manifest
-        self.orphans: set[str] = set()  # stored, but nobody was told
+        self.orphans: set[str] = set()  # stored, but nobody was told; or left by a gc that died, without ancestors
         self.touched: set[tuple[RefKind, str]] = set()  # refs that the running operations may move
 
     def make_store(self) -> Store:
@@ -140,18 +147,11 @@ class RepositoryModel(RuleBasedStateMachine):
             return act(repo)
         except SimulatedCrash:
             repo.pages.close()
-            self._bury()
             self.processes[who] = self._open()
             return None
         finally:
             process.arm(None)
             process.calls_left = -1
-
-    def _bury(self) -> None:
-        """The dead process' lock names a process that is gone."""
-        with contextlib.suppress(NotFound):
-            record = json.loads(self.store.get(lock.KEY))
-            self.store.put(lock.KEY, json.dumps(record | {"pid": _NO_PROCESS}).encode())
 
     # -- the model -----------------------------------------------------------------------------------------------
 
@@ -161,8 +161,20 @@ class RepositoryModel(RuleBasedStateMachine):
     def _ancestors(self, tips: Iterable[str]) -> set[str]:
         return set(ancestors(tips, lambda cid: self.snapshots[cid][0].parents if cid in self.snapshots else ()))
 
+    def _whole(self) -> set[str]:
+        """Snapshots that must be whole: what refs reach, but for what was pruned and no ref names."""
+        return self._reachable() - (self.pruned - set(self.refs.values()))
+
     def _live(self) -> set[str]:
-        return self._pages(self._reachable())
+        return self._pages(self._whole())
+
+    def _kept(self) -> set[str]:
+        """Snapshots whose records a gc keeps."""
+        return self._ancestors([*self.refs.values(), *self.leases.values()])
+
+    def _held(self) -> set[str]:
+        """Those of them whose pages it keeps."""
+        return self._kept() - (self.pruned - set(self.refs.values()) - set(self.leases.values()))
 
     def _pages(self, cids: Iterable[str]) -> set[str]:
         return {name_of(number) for cid in cids for number in self.snapshots[cid][1]}
@@ -182,6 +194,15 @@ class RepositoryModel(RuleBasedStateMachine):
                     good.add(format_digest("blake3", raw))
         return good
 
+    def _hurt_copies(self) -> set[str]:
+        """Digests of pages of which some copy is damaged."""
+        return {
+            format_digest("blake3", raw)
+            for each in self._segments()
+            for entry, raw in enumerate(each.digests)
+            if DIGESTS["blake3"](self.store.get(each.key, start=each.span(entry)[0], size=each.span(entry)[1])) != raw
+        }
+
     def _chosen(self, pick: int) -> str | None:
         cids = list(self.snapshots)
         return cids[pick % len(cids)] if cids else None
@@ -194,7 +215,7 @@ class RepositoryModel(RuleBasedStateMachine):
             if cid not in self.snapshots:
                 self.orphans.add(cid)
                 self.snapshots[cid] = snapshot, self.numbers[snapshot.manifests[0]]
-        actual = {(ref.kind, ref.name): ref.cid for ref in repo.refs.all() if ref.cid is not None}
+        actual = {(ref.kind, ref.name): ref.cid for ref in repo.refs.all()}
         for key in self.refs.keys() | actual.keys():
             if self.refs.get(key) != actual.get(key):
                 assert key in self.touched, f"{key} moved from {self.refs.get(key)} to {actual.get(key)} by itself"
@@ -202,10 +223,11 @@ class RepositoryModel(RuleBasedStateMachine):
         self.burnt |= {name for name in repo.refs.names(RefKind.TAG) if (RefKind.TAG, name) not in actual}
         reachable = set(ancestors(self.refs.values(), lambda cid: self.snapshots[cid][0].parents))
         assert reachable <= stored.keys(), "a reachable snapshot is gone"
+        assert self._kept() <= stored.keys(), "a snapshot under a lease is gone"
+        self.pruned = set(marks.pruned(self.store))
         for cid in self.snapshots.keys() - stored.keys():
             del self.snapshots[cid]
-        for cid, snapshot in stored.items():
-            assert cid in self.orphans or set(snapshot.parents) <= stored.keys(), "a stored snapshot lost a parent"
+        self.orphans |= {cid for cid in stored if not self._ancestors([cid]) <= stored.keys()}
         repo.pages.close()
 
     def _store_and_commit(

@@ -36,7 +36,13 @@ GOOD_KEYS: Final = ("a", "0", "A.b_c+d@e-f", "a/b/c/d/e", "x" * 255, "/".join(["
 
 
 class StoreTests(StoreRaceTests):
-    """Subclass it, and give `make_store`; give `reopen` if the data can be opened twice."""
+    """Subclass it, and give `make_store`; give `reopen` if the data can be opened twice.
+
+    Attributes:
+        examples: runs of the state machine; fewer for a store that is far away.
+    """
+
+    examples = 20
 
     def make_store(self, tmp_path: Path) -> Store:
         """A new, empty store; ``tmp_path`` is a directory for it alone."""
@@ -70,6 +76,7 @@ class StoreTests(StoreRaceTests):
         calls: list[Callable[[], object]] = [
             lambda: store.get(key),
             lambda: store.get_ranges(key, []),
+            lambda: store.view(key, 0, 1),
             lambda: store.put(key, b"x"),
             lambda: store.put_many([(key, b"x")], mode="create"),
             lambda: store.head(key),
@@ -137,6 +144,9 @@ class StoreTests(StoreRaceTests):
                 store.get_ranges(key, [])
             with pytest.raises(NotFound):
                 store.get_ranges(key, [Range(0, memoryview(bytearray(1)))])
+            for size in (0, 1):
+                with pytest.raises(NotFound):
+                    store.view(key, 0, size)
             assert store.head(key) is None
 
     def test_head(self, store: Store, other: Store) -> None:
@@ -197,6 +207,16 @@ class StoreTests(StoreRaceTests):
         for (start, size), r in zip(spans, ranges, strict=True):
             assert r.out == data[start : start + size]
         assert arena.count(b"\xff") == len(arena) - sum(size for _, size in spans)
+
+    def test_view(self, store: Store) -> None:
+        """The bytes asked for; short of them is an error, as with `get_ranges`."""
+        data = content(100_000)
+        store.put("a", data)
+        for start, size in ((0, 10), (5000, 70_000), (99_999, 1), (0, 100_000), (7, 0)):
+            assert store.view("a", start, size) == data[start : start + size]
+        for start in (99_995, 100_000, 200_000):
+            with pytest.raises(IntegrityError):
+                store.view("a", start, 11)
 
     def test_get_many_adjacent_ranges(self, store: Store) -> None:
         """More ranges than one system call takes, of uneven sizes."""
@@ -341,5 +361,7 @@ class StoreTests(StoreRaceTests):
         """Any sequence of operations agrees with a dict."""
         numbers = itertools.count()
         machine = store_machine(lambda: self.make_store(tmp_path / str(next(numbers))), self.reopen)
-        quick = settings(max_examples=20, stateful_step_count=20, deadline=None, suppress_health_check=[*HealthCheck])
+        quick = settings(
+            max_examples=self.examples, stateful_step_count=20, deadline=None, suppress_health_check=[*HealthCheck]
+        )
         run_state_machine_as_test(machine, settings=quick)

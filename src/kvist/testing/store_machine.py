@@ -52,9 +52,9 @@ def store_machine(
 
         @rule(key=_KEYS, seen=_KEYS, data=_DATA)
         def swap(self, key: str, seen: str, data: bytes) -> None:
-            """``seen`` may be another key, or one deleted since: its etag must then not match."""
+            """``seen`` may be another key, or one deleted since: its etag then matches only where it is the same."""
             etag = self.etags.get(seen, "none")
-            if key == seen and key in self.model:
+            if key in self.model and self.etags[key] == etag:
                 self.etags[key] = self.store.put(key, data, mode=Match(etag))
                 self.model[key] = data
             else:

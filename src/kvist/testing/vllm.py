@@ -13,16 +13,25 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple, Self
+from typing import IO, Any, Final, Self
 
 import httpx2
 
 from kvist.errors import EngineError, InvalidInput
+from kvist.testing.answers import (
+    STREAMED,
+    Completion,
+    Stream,
+    chat_body,
+    completion_body,
+    named,
+    read_answer,
+    read_completion,
+)
+from kvist.testing.processes import kill_tree, tree
 from kvist.testing.worker import free_port
 
 OFFLINE: Final = {
@@ -44,144 +53,12 @@ IN_PROCESS: Final = {
 }
 """Further environment of an engine within the process that asks it."""
 
-_TOP: Final = 5
-_BOOT_S: Final = 300.0
+_BOOT_S: Final = 900.0
 _END_S: Final = 60.0
 _SILENCE_S: Final = 180.0
 """A server that says nothing for so long hangs."""
 _INTERVAL_S: Final = 0.05
 _RESULT: Final = "kvist-result:"
-
-
-class Step(NamedTuple):
-    """One sampled token. Equal steps are equal in every bit.
-
-    Attributes:
-        token_id: the token.
-        logprob: its log probability.
-        top: (token id, log probability) of the likeliest, in the server's order.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """The answer to a completion.
-
-    Attributes:
-        id: the server's name for it.
-        steps: what was sampled.
-        text: the same as text.
-        cached_tokens: tokens of the prompt that were not computed.
-        prompt_tokens: tokens of the prompt.
-        finish_reason: ``"length"``, ``"stop"``, …
-        stop_reason: the stop string or token id, or ``None``.
-        transfer: ``kv_transfer_params`` of the answer; streams have none.
-    """
-
-    id: str
-    steps: tuple[Step, ...]
-    text: str
-    cached_tokens: int
-    prompt_tokens: int
-    finish_reason: str | None
-    stop_reason: int | str | None
-    transfer: Mapping[str, Any] | None = None
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The sampled ids."""
-        return [step.token_id for step in self.steps]
-
-
-class Stream:
-    """A completion whose tokens are read while they come, in the background. Safe to be asked from any thread."""
-
-    def __init__(self, http: httpx2.Client, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
-        self._changed = threading.Condition()
-        self._id = ""
-        self._steps: list[Step] = []
-        self._text: list[str] = []
-        self._usage: dict[str, Any] = {}
-        self._finish: tuple[str | None, int | str | None] = (None, None)
-        self._error: Exception | None = None
-        self._done = self._closed = False
-        self._thread = threading.Thread(target=self._read, args=(http, path, dict(body), dict(headers)), daemon=True)
-        self._thread.start()
-
-    def wait(self, tokens: int) -> list[Step]:
-        """What was sampled so far, once that are ``tokens`` or more.
-
-        Raises:
-            EngineError: the stream failed, or ended before.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._steps) >= tokens or self._done)
-            if self._error is not None or len(self._steps) < tokens:
-                raise EngineError(f"the stream ended after {len(self._steps)} of {tokens} tokens: {self._error}")
-            return list(self._steps)
-
-    def result(self) -> Completion:
-        """The whole completion, once it ended.
-
-        Raises:
-            EngineError: it failed.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._done)
-            if self._error is not None:
-                raise EngineError(f"the stream failed after {len(self._steps)} tokens: {self._error}")
-            return _completion(self._id, self._steps, "".join(self._text), self._usage, *self._finish)
-
-    @property
-    def id(self) -> str:
-        """The server's name for it; waits for the first token."""
-        self.wait(1)
-        return self._id
-
-    @property
-    def is_live(self) -> bool:
-        """Whether the server may still add tokens."""
-        with self._changed:
-            return not self._done
-
-    def close(self) -> None:
-        """Hang up, upon which the server drops the request; and wait until nothing more is read."""
-        self._closed = True
-        self._thread.join()
-
-    def _read(self, http: httpx2.Client, path: str, body: dict[str, Any], headers: dict[str, str]) -> None:
-        try:
-            with http.stream("POST", path, json=body, headers=headers) as answer:
-                if answer.status_code != 200:
-                    raise EngineError(f"POST {path}: status {answer.status_code}: {answer.read().decode()}")
-                for line in _lines(answer):
-                    if self._closed or line == b"data: [DONE]":
-                        break
-                    if line:
-                        self._take(json.loads(line.removeprefix(b"data: ")))
-        except Exception as error:
-            self._error = error
-        finally:
-            with self._changed:
-                self._done = True
-                self._changed.notify_all()
-
-    def _take(self, event: dict[str, Any]) -> None:
-        if "error" in event:
-            raise EngineError(f"an error in the stream: {event['error']}")
-        with self._changed:
-            self._id = event["id"]
-            self._usage = event.get("usage") or self._usage
-            for choice in event["choices"]:
-                self._steps += _steps(choice)
-                self._text.append(_text(choice))
-                if choice.get("finish_reason"):
-                    self._finish = (choice["finish_reason"], choice.get("stop_reason"))
-            self._changed.notify_all()
 
 
 class VllmServer:
@@ -269,7 +146,7 @@ class VllmServer:
         """Return when it answers.
 
         Raises:
-            EngineError: it ended instead, or was not up in five minutes; the message is what it printed.
+            EngineError: it ended instead, or was not up in fifteen minutes; the message is what it printed.
         """
         deadline = time.monotonic() + _BOOT_S
         while self._process.poll() is None and time.monotonic() < deadline:
@@ -291,7 +168,7 @@ class VllmServer:
 
     def processes(self) -> list[int]:
         """Ids of its living processes."""
-        return _tree(self.pid)
+        return tree(self.pid)
 
     def kill(self) -> None:
         """SIGKILL to the whole tree: no handler runs, nothing is flushed. Returns when all of it is gone."""
@@ -312,7 +189,7 @@ class VllmServer:
         Raises:
             EngineError: any status but 200; the message is the answer.
         """
-        return _answer(self.http.get(path))
+        return read_answer(self.http.get(path))
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """One request, one answer.
@@ -320,7 +197,7 @@ class VllmServer:
         Raises:
             EngineError: any status but 200; the message is the answer.
         """
-        return _answer(self.http.post(path, json=dict(body or {})))
+        return read_answer(self.http.post(path, json=dict(body or {})))
 
     def complete(self, prompt: Sequence[int] | str | None, *, name: str | None = None, **params: Any) -> Completion:
         """The answer to ``POST /v1/completions``, with log probabilities.
@@ -333,13 +210,13 @@ class VllmServer:
         Raises:
             EngineError: any status but 200; the message is the answer.
         """
-        body = _completion_body(prompt, params)
-        return _whole(_answer(self.http.post("/v1/completions", json=body, headers=_named(name))))
+        body = completion_body(prompt, params)
+        return read_completion(read_answer(self.http.post("/v1/completions", json=body, headers=named(name))))
 
     def stream(self, prompt: Sequence[int] | str | None, *, name: str | None = None, **params: Any) -> Stream:
         """As `complete`, but the tokens can be had while they come."""
-        body = _completion_body(prompt, params) | _STREAMED
-        return Stream(self.http, "/v1/completions", body, _named(name))
+        body = completion_body(prompt, params) | STREAMED
+        return Stream(self.http, "/v1/completions", body, named(name))
 
     def chat(self, *messages: tuple[str, str], name: str | None = None, **params: Any) -> Completion:
         """The answer to ``POST /v1/chat/completions``, with log probabilities.
@@ -352,12 +229,12 @@ class VllmServer:
         Raises:
             EngineError: any status but 200; the message is the answer.
         """
-        body = _chat_body(messages, params)
-        return _whole(_answer(self.http.post("/v1/chat/completions", json=body, headers=_named(name))))
+        body = chat_body(messages, params)
+        return read_completion(read_answer(self.http.post("/v1/chat/completions", json=body, headers=named(name))))
 
     def stream_chat(self, *messages: tuple[str, str], name: str | None = None, **params: Any) -> Stream:
         """As `chat`, but the tokens can be had while they come."""
-        return Stream(self.http, "/v1/chat/completions", _chat_body(messages, params) | _STREAMED, _named(name))
+        return Stream(self.http, "/v1/chat/completions", chat_body(messages, params) | STREAMED, named(name))
 
     def resume(self, snapshot: str, sequence: str, **params: Any) -> Completion:
         """`complete` a sequence of a snapshot by name, without a prompt."""
@@ -446,130 +323,3 @@ def make_llm(model, store=None, config=None, **settings):
                   distributed_executor_backend="uni", disable_log_stats=True)
     return LLM(model, **(common | settings))
 """
-
-_STREAMED: Final = {"stream": True, "stream_options": {"include_usage": True}}
-
-
-def _completion_body(prompt: Sequence[int] | str | None, params: Mapping[str, Any]) -> dict[str, Any]:
-    body: dict[str, Any] = {"logprobs": _TOP, "return_token_ids": True, "return_tokens_as_token_ids": True, **params}
-    if prompt is not None:
-        body["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
-    return body
-
-
-def _chat_body(messages: Sequence[tuple[str, str]], params: Mapping[str, Any]) -> dict[str, Any]:
-    said = [{"role": role, "content": content} for role, content in messages]
-    asked = {"logprobs": True, "top_logprobs": _TOP, "return_token_ids": True, "return_tokens_as_token_ids": True}
-    return {"messages": said, **asked, **params}
-
-
-def _named(name: str | None) -> dict[str, str]:
-    return {} if name is None else {"X-Request-Id": name}
-
-
-def _answer(answer: httpx2.Response) -> dict[str, Any]:
-    if answer.status_code != 200:
-        raise EngineError(
-            f"{answer.request.method} {answer.request.url.path}: status {answer.status_code}: {answer.text}"
-        )
-    result: dict[str, Any] = answer.json()
-    return result
-
-
-def _lines(answer: httpx2.Response) -> Iterator[bytes]:
-    """Lines as server-sent events end them. (`iter_lines` splits at U+0085 in a text too.)"""
-    rest = b""
-    for data in answer.iter_bytes():
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield line.removesuffix(b"\r")
-
-
-def _whole(document: dict[str, Any]) -> Completion:
-    """A completion that was not streamed."""
-    (choice,) = document["choices"]
-    reasons = choice["finish_reason"], choice.get("stop_reason")
-    whole = _completion(document["id"], _steps(choice), _text(choice), document["usage"], *reasons)
-    return replace(whole, transfer=document.get("kv_transfer_params"))
-
-
-def _completion(
-    name: str,
-    steps: Sequence[Step],
-    text: str,
-    usage: Mapping[str, Any],
-    finish_reason: str | None,
-    stop_reason: int | str | None,
-) -> Completion:
-    # vLLM leaves the details out where no token was cached.
-    details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens") or 0
-    return Completion(name, tuple(steps), text, cached, usage.get("prompt_tokens", 0), finish_reason, stop_reason)
-
-
-def _steps(choice: Mapping[str, Any]) -> list[Step]:
-    """The steps of a choice or a chunk of one. JSON gives floats back as they were, to the last bit."""
-    ids: list[int] = choice.get("token_ids") or []
-    logprobs = choice.get("logprobs") or {}
-    if "content" in logprobs:
-        content = logprobs["content"] or []
-        chosen = [entry["logprob"] for entry in content]
-        tops = [[(entry["token"], entry["logprob"]) for entry in place["top_logprobs"]] for place in content]
-    else:
-        chosen = logprobs.get("token_logprobs") or []
-        tops = [list(top.items()) for top in logprobs.get("top_logprobs") or []]
-    if not len(ids) == len(chosen) == len(tops):
-        raise EngineError(f"{len(ids)} tokens came with {len(chosen)} log probabilities and {len(tops)} lists of them")
-    return [
-        Step(token_id, logprob, tuple((int(token.removeprefix("token_id:")), value) for token, value in top))
-        for token_id, logprob, top in zip(ids, chosen, tops, strict=True)
-    ]
-
-
-def _text(choice: Mapping[str, Any]) -> str:
-    for key in ("message", "delta"):
-        if key in choice:
-            return choice[key].get("content") or ""
-    return choice.get("text") or ""
-
-
-# -- the process tree ------------------------------------------------------------------------------------------------
-
-
-def kill_tree(leader: int) -> None:
-    """SIGKILL a session and all that descends from its leader; return when none of it is left."""
-    deadline = time.monotonic() + _END_S
-    known: set[int] = set()
-    while found := _tree(leader, known):
-        known.update(found)
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if time.monotonic() > deadline:
-            raise EngineError(f"processes {found} outlive SIGKILL")
-        time.sleep(_INTERVAL_S / 5)
-
-
-def _tree(leader: int, known: set[int] | frozenset[int] = frozenset()) -> list[int]:
-    """Living processes that are of the leader's session, descend from it, or from ``known`` ones."""
-    table = dict(_processes())
-    ours = {pid for pid, (_, session) in table.items() if pid == leader or session == leader or pid in known}
-    grown = True
-    while grown:
-        children = {pid for pid, (parent, _) in table.items() if parent in ours}
-        grown = not children <= ours
-        ours |= children
-    return sorted(ours)
-
-
-def _processes() -> Iterator[tuple[int, tuple[int, int]]]:
-    """(pid, (parent, session)) of every process that is not a zombie."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                # The name, in parentheses, may hold anything.
-                state, parent, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            except (OSError, ValueError):
-                continue
-            if state not in "ZX":
-                yield int(entry.name), (int(parent), int(session))

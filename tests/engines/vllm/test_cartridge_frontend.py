@@ -121,6 +121,20 @@ def test_without_a_cartridge_nothing_changes(entries: dict[str, Entry]) -> None:
         assert frontend(entries).place(request) is None
 
 
+def test_a_field_that_nobody_reads_is_no_plain_request(entries: dict[str, Entry]) -> None:
+    """Nor one for the default cartridge; and how a cartridge stands goes with a cartridge."""
+    misspelt: dict[str, Any] = {"params": {"cartridge_lable": "law"}}
+    for router in (ExplicitCartridgeRouter(), StaticCartridgeRouter("text")):
+        one = frontend(entries, router=router)
+        for call in (one.place, lambda request, one=one: one.look(request.extra_args)):
+            with pytest.raises(InvalidInput, match=r"kv_transfer_params\.cartridge_lable: nobody reads"):
+                call(asked([1], None, **misspelt))
+    assert frontend(entries, others={"cartridge_lable"}).place(asked([1], None, **misspelt)) is None
+    assert frontend(entries).place(asked([1], None, params={"do_remote_prefill": True})) is None
+    with pytest.raises(InvalidInput, match="cartridge_prefix: goes with a cartridge"):
+        frontend(entries).place(asked([1], None, params={"cartridge_prefix": "virtual"}))
+
+
 def test_an_unknown_id_is_refused_or_computed(entries: dict[str, Entry], caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UnknownCartridge, match="there is no cartridge 'nobody'; there are: text"):
         frontend(entries).place(asked([1], "nobody"))

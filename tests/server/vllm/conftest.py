@@ -23,6 +23,7 @@ from kvist.testing.vllm_core import FakeEngineClient
 from server.conftest import error_of
 
 PATH = "/v1/processfork"
+ARGS = SimpleNamespace(host="127.0.0.1", api_key=None, uds=None)
 IDS = [7, 1, 4, 9, 2, 6, 5, 3, 8, 11, 12]
 
 
@@ -70,7 +71,7 @@ class Live:
 
     def __init__(self, engine: FakeEngineClient, app: ASGIApp, runner: asyncio.Runner, store: Path) -> None:
         self.engine, self.app, self.runner, self.store = engine, app, runner, store
-        self.http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://vllm")
+        self.http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://127.0.0.1")
 
     def run(self, work: Awaitable[Any]) -> Any:
         async def wait() -> Any:
@@ -165,7 +166,7 @@ def serve(runner: asyncio.Runner, tmp_path: Path) -> Iterator[Callable[..., Live
         engine = FakeEngineClient(str(place), *args, **settings)
         engines.append(engine)
         made, plugin = app or make_app()
-        runner.run(plugin.init_state(engine, made.state, SimpleNamespace()))
+        runner.run(plugin.init_state(engine, made.state, ARGS))
         return Live(engine, made, runner, place)
 
     yield serve

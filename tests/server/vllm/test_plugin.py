@@ -24,7 +24,7 @@ from kvist.server.vllm import KvistMiddleware, endpoint_plugin, resume
 from kvist.server.vllm.client import Core, error_of
 from kvist.testing.vllm_core import FakeEngineClient
 
-from .conftest import IDS, PATH, Live, echo, make_app
+from .conftest import ARGS, IDS, PATH, Live, echo, make_app
 from .conftest import error_of as answered
 
 ROUTES = [
@@ -110,7 +110,7 @@ def test_before_the_engine_is_there(runner: asyncio.Runner, route: tuple[str, st
     app, plugin = make_app()
     live = Live(FakeEngineClient("unused"), app, runner, tmp_path)
     answered(ask(live, *route), 503, "engine")
-    runner.run(plugin.init_state(None, app.state, SimpleNamespace()))
+    runner.run(plugin.init_state(None, app.state, ARGS))
     answered(ask(live, *route), 503, "engine")
 
 
@@ -152,7 +152,7 @@ def test_bugs_stay_in_the_log(serve: Callable[..., Live], monkeypatch: pytest.Mo
     def bug(*_: Any) -> Any:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr("kvist.server.vllm.snapshots._parts", bug)
+    monkeypatch.setattr("kvist.server.vllm.snapshots.read_parts", bug)
     named = {"kv_transfer_params": {"snapshot": "x"}}
     for path, body in ((f"{PATH}/checkout", {"cid": "x"}), ("/v1/completions", named)):
         assert "secret" not in answered(live.post(path, body), 500, "internal")["message"]
@@ -179,7 +179,7 @@ def older(runner: asyncio.Runner, tmp_path: Path) -> Callable[..., Live]:
     def older(api_key: Any = None) -> Live:
         engine = FakeEngineClient(str(tmp_path / "store"))
         app = Starlette(routes=[Route("/v1/completions", echo, methods=["POST"])])
-        app.state.engine_client, app.state.args = engine, SimpleNamespace(api_key=api_key)
+        app.state.engine_client, app.state.args = engine, SimpleNamespace(host="127.0.0.1", api_key=api_key)
         app.add_middleware(KvistMiddleware)
         return Live(engine, app, runner, tmp_path / "store")
 
@@ -230,6 +230,16 @@ def test_a_vllm_that_does_not_say(older: Callable[..., Live]) -> None:
     answered(ask(live, *ROUTES[0]), 503, "engine")
     answered(ask(live, *ROUTES[-1]), 503, "engine")
     assert live.post("/v1/completions", {"prompt": "x"}, **{"content-type": "text/plain"}).status_code == 200
+
+
+def test_a_tokens_file_that_is_gone_lets_nobody_in(
+    older: Callable[..., Live], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KVIST_TOKENS", str(tmp_path / "gone.json"))
+    live = older()
+    for path in ("/health", "/v1/completions", f"{PATH}/lineage"):
+        assert "gone.json" not in answered(live.get(path), 503, "store")["message"]
+    assert "there is no tokens file" in caplog.text and "gone.json" in caplog.text
 
 
 def test_preflights_pass(older: Callable[..., Live]) -> None:

@@ -211,6 +211,7 @@ def test_a_client_that_goes_while_it_sends(live: Live) -> None:
             if message["type"] == "http.disconnect":
                 return
 
+    from kvist.server.vllm.gate import Door
     from kvist.server.vllm.resume import Resume
     from kvist.server.vllm.snapshots import Snapshots
 
@@ -218,7 +219,7 @@ def test_a_client_that_goes_while_it_sends(live: Live) -> None:
         call = AsgiCall("/v1/completions")
         call.body(b'{"kv_transfer', more=True)
         call.disconnect()
-        await call.start(Resume(inner, Snapshots()))
+        await call.start(Resume(inner, Snapshots(), Door()))
 
     live.run(go())
     assert seen == ["http.request", "http.disconnect"]
@@ -270,7 +271,7 @@ def test_mounted_below_a_prefix(live: Live, cid: str) -> None:
     async def rooted(scope: Any, receive: Any, send: Any) -> None:
         await live.app({**scope, "root_path": "/vllm"}, receive, send)
 
-    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(rooted), base_url="http://vllm")
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(rooted), base_url="http://127.0.0.1")
     answer = live.run(http.post("/vllm/v1/completions", json={"kv_transfer_params": {"snapshot": "demo"}}))
     assert json.loads(answer.content)["prompt"] == IDS
     assert live.run(http.get(f"/vllm{PATH}/snapshots")).json()["total"] == 1

@@ -26,15 +26,19 @@ nobody computes again. `kvist.engines.hf.cartridges` says what it shares with wh
 from __future__ import annotations
 
 from kvist.engines.hf.engine import Engine
+from kvist.engines.hf.owned import AnyEngine, OwnedEngine, Owner
 from kvist.engines.hf.pager import HfPager
 from kvist.engines.hf.sampling import SamplingParams
 from kvist.engines.hf.sequence import Event, FinishReason, Request, SequenceInfo, StepOutput
 
 __all__ = [
+    "AnyEngine",
     "Engine",
     "Event",
     "FinishReason",
     "HfPager",
+    "OwnedEngine",
+    "Owner",
     "Request",
     "SamplingParams",
     "SequenceInfo",

@@ -147,6 +147,7 @@ class Engine(EngineThread):
         override: Mapping[str, Any] | None = None,
         cartridge: str | Prefix | None = None,
         on_step: Callable[[Event], None] | None = None,
+        salt: str = "",
     ) -> Request:
         """Queue a sequence.
 
@@ -165,6 +166,7 @@ class Engine(EngineThread):
                 If it is not in host memory, it is brought there first.
             on_step: called on the engine's thread with each `StepOutput`, and at the end with ``None`` or the
                 exception; instead of iterating the request. Must be quick. If it raises, the request ends.
+            salt: of whose it is: sequences of other salts share no page with it. With ``resume``: that of the resumed.
 
         Raises:
             InvalidInput: no prompt, an id out of the vocabulary, too long for the model or the pool, or a bad name.
@@ -180,10 +182,11 @@ class Engine(EngineThread):
         extra = self._check_ids(token_ids)
         if resume is None:
             seq = self._begin(extra, params, cartridge)
+            seq.owner_salt = salt
         elif cartridge is not None:
             raise InvalidInput("a sequence that is resumed keeps the cartridge that it has; leave the cartridge out")
         else:
-            seq = self._continue(resume, params, override or {})
+            seq = self._continue(resume, params, override or {}, salt)
         try:
             seq.token_ids += extra
             return self._queue(seq, sequence_id, on_step)
@@ -205,10 +208,10 @@ class Engine(EngineThread):
             id="", token_ids=ids, params=params, prompt_tokens=len(ids) + len(prompt), prefix=prefix, hold=hold
         )
 
-    def _continue(self, resume: str, params: SamplingParams, override: Mapping[str, Any]) -> Sequence:
+    def _continue(self, resume: str, params: SamplingParams, override: Mapping[str, Any], salt: str) -> Sequence:
         with self.exclusive() as scheduler:
             source = scheduler.find(resume)
-            if source is None:
+            if source is None or source.owner_salt != salt:
                 raise NotFound(f"no sequence {resume!r} in the engine to resume: it was evicted, or never was")
             seq = continuation(source, params, override)
             if source.prefix is not None:
@@ -305,6 +308,7 @@ class Engine(EngineThread):
                 "pages_cached": cached,
                 "pages_free": self.pool.available - cached,
                 "pages_held": len(self.pool) - self.pool.available,
+                "pages_pinned": len(+self.pool.pinned),
                 "evictions": self.pool.evictions,
                 "preemptions": scheduler.preemptions,
                 "residents": len(scheduler.residents),

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
+from kvist.cartridge.loading import parse_device
 from kvist.errors import InvalidInput, KvistError, NotFound, UnsupportedModel
 
 _DTYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -68,7 +69,7 @@ def open_model(directory: Path, device: str, dtype: str | None) -> Any:
     """
     if not (directory / "config.json").is_file():
         raise NotFound(f"expected a model directory with a config.json, found none in {str(directory)!r}")
-    target = _parse_device(device)
+    target = parse_device(device)
     logging.disable_progress_bar()
     wanted = parse_dtype(dtype)
     try:
@@ -95,17 +96,6 @@ def open_model(directory: Path, device: str, dtype: str | None) -> Any:
     # A tile's dead rows are id 0, which some models take for unmasked padding and warn about.
     model.config.pad_token_id = None
     return model.to(target).eval().requires_grad_(False)
-
-
-def _parse_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
-    if (device.index or 0) >= there:
-        raise InvalidInput(f"device must be cpu, or cuda where torch finds one, got {name!r:.80}")
-    return device
 
 
 def _refuse_incomplete(directory: Path, loaded: Mapping[str, Any]) -> None:

@@ -8,8 +8,8 @@ one run of bytes; nothing is permuted and no value is cast.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvist.cartridge.placing import VIRTUAL, Prefix
-from kvist.engines.hf.engine import Engine
+from kvist.engines.hf.owned import AnyEngine, OwnedEngine
 from kvist.engines.hf.scheduler import Scheduler
 from kvist.engines.hf.sequence import Sequence as Resident
 from kvist.engines.hf.sequence import restored
@@ -53,14 +53,16 @@ class HfPager(CachePager):
     Finished sequences give way to `allocate_pages`, least recently used first, when nothing else is free.
     """
 
-    def __init__(self, engine: Engine, sequences: Collection[str] | None = None) -> None:
+    def __init__(self, engine: AnyEngine, sequences: Collection[str] | None = None) -> None:
         """
         Args:
-            engine: whose cache it is.
+            engine: whose cache it is; of an owner's view, that owner's sequences only, and none that are kept only as
+                prefix cache.
             sequences: names of the sequences to show, and only their pages; ``None`` shows all of them, and the pages
                 that are kept only as prefix cache.
         """
         self._engine = engine
+        self._owner = engine.owner if isinstance(engine, OwnedEngine) else None
         self._only = None if sequences is None else set(sequences)
         self._pins: dict[int, _Pin] = {}
 
@@ -90,7 +92,7 @@ class HfPager(CachePager):
         """
         with self._engine.exclusive() as scheduler:
             slots = {slot for seq in self._shown(scheduler) for slot in seq.page_ixs}
-            if self._only is None:
+            if self._only is None and self._owner is None:
                 slots.update(self._engine.pool.blocks())
             return sorted(slots)
 
@@ -105,13 +107,18 @@ class HfPager(CachePager):
 
     def _shown(self, scheduler: Scheduler) -> list[LogicalSeq]:
         size = self.meta().page_size_tokens
-        if self._only is None:
-            return [seq.logical(size) for seq in scheduler.sequences()]
-        found = {seq.id: seq for seq in scheduler.sequences()}
-        missing = sorted(self._only - found.keys())
+        found = dict(self._named(scheduler))
+        missing = sorted((self._only or set()) - found.keys())
         if missing:
             raise NotFound(f"no sequence {missing[0]!r} in the engine: it was evicted, or never was")
-        return [found[name].logical(size) for name in sorted(self._only)]
+        names = found if self._only is None else sorted(self._only)
+        return [replace(found[name].logical(size), id=name) for name in names]
+
+    def _named(self, scheduler: Scheduler) -> Iterator[tuple[str, Resident]]:
+        """Every sequence of the owner's, and what it is called."""
+        if self._owner is not None:
+            return self._owner.owned(scheduler.sequences())
+        return ((seq.id, seq) for seq in scheduler.sequences())
 
     def read_page(self, ix: int) -> PageBytes:
         """A copy of the page in slot ``ix``."""
@@ -229,11 +236,13 @@ class HfPager(CachePager):
             blocks: dict[int, bytes] = {}
             residents: list[Resident] = []
             for seq in seqs:
-                if check_name(seq.id) in names:
+                inner = check_name(seq.id) if self._owner is None else self._owner.inner(check_name(seq.id))
+                if inner in names:
                     raise Conflict(f"a sequence {seq.id!r} is in the engine already")
-                names.add(seq.id)
+                names.add(inner)
                 self._check_seq(seq)
-                residents.append(restored(seq, self.meta().page_size_tokens))
+                salt = "" if self._owner is None else self._owner.salt
+                residents.append(restored(replace(seq, id=inner), self.meta().page_size_tokens, salt))
                 self._claim_blocks(residents[-1], blocks)
             pool, rows = self._engine.pool, self._rows_used(seqs)
             for slot, used in rows.items():

@@ -155,6 +155,7 @@ class Sequence:
         foreign_state: state it was restored with, kept as it came.
         prefix: the cartridge that it begins with, or ``None``.
         hold: on the cartridge's pages, as long as it is live.
+        owner_salt: of whose it is; ``""``: nobody's in particular.
     """
 
     id: str
@@ -172,12 +173,14 @@ class Sequence:
     foreign_state: dict[str, Any] | None = None
     prefix: Prefix | None = None
     hold: Hold | None = None
+    owner_salt: str = ""
     _hashes: list[bytes] = field(default_factory=list)
 
     @property
     def salt(self) -> str:
         """Of its block hashes: sequences with other salts share no page with it."""
-        return self.prefix.salt if self.prefix is not None else ""
+        own = self.prefix.salt if self.prefix is not None else ""
+        return f"{self.owner_salt}:{own}" if self.owner_salt else own
 
     @property
     def own(self) -> int:
@@ -222,7 +225,7 @@ class Sequence:
         )
 
 
-def restored(seq: LogicalSeq, page_size: int) -> Sequence:
+def restored(seq: LogicalSeq, page_size: int, owner_salt: str = "") -> Sequence:
     """The finished sequence that ``seq`` describes; its slots are not held yet.
 
     Raises:
@@ -238,6 +241,7 @@ def restored(seq: LogicalSeq, page_size: int) -> Sequence:
         admitted=True,
         foreign_state=dict(seq.state),
         prefix=Prefix.of_state(seq.state),
+        owner_salt=owner_salt,
     )
 
 
@@ -268,4 +272,5 @@ def continuation(source: Sequence, params: SamplingParams, override: Mapping[str
         draws=draws if override.get("seed", carried.seed) == carried.seed else 0,
         parent=source.id,
         prefix=source.prefix,
+        owner_salt=source.owner_salt,
     )

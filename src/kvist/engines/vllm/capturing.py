@@ -75,6 +75,7 @@ class Captures:
 
     Attributes:
         pages_captured: pages copied out since the start.
+        bytes_captured: bytes of them that the repository did not have.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Captures:
         repo: Callable[[], Repository],
         numerics: Callable[[], dict[str, Any]],
     ) -> None:
-        self.pages_captured = 0
+        self.pages_captured = self.bytes_captured = 0
         self._layouts, self._groups, self._pool, self._known = layouts, groups, pool, known
         self._repo, self._numerics = repo, numerics
         self._running: dict[str, _Capture] = {}
@@ -167,6 +168,7 @@ class Captures:
             capture.copied += len(places)
             capture.new_bytes += put.new_bytes
             self.pages_captured += len(places)
+            self.bytes_captured += put.new_bytes
             self._known.learn(places, pairs)
         finally:
             self._pool.release(slots)

@@ -13,12 +13,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from kvist.engines.vllm import internals
 from kvist.engines.vllm.index import PrefixIndex
+from kvist.engines.vllm.metrics import SnapshotStats
 from kvist.engines.vllm.scheduler import SchedulerSide
 from kvist.engines.vllm.sides import SidedConnector
 from kvist.engines.vllm.worker import WorkerSide
 from kvist.errors import InvalidInput
+from kvist.repo.tier import open_tier
 
-_OPTIONS: Final = {"store", "model", "revision", "mode", "host_bytes", "cache_bytes"}
+_TEXTS: Final = {"store", "model", "revision", "tokens", "trusted_keys"}
+_OPTIONS: Final = {*_TEXTS, "mode", "host_bytes", "cache_bytes", "tiers"}
 _MODES: Final = ("snapshots", "write_through")
 _HOST_BYTES: Final = 1 << 30
 
@@ -26,6 +29,7 @@ _HOST_BYTES: Final = 1 << 30
 class KvistConnector(SidedConnector):
     """One per process and role: vLLM asks it what a request can take, and has it bring that in."""
 
+    STATS = SnapshotStats
     scheduler: SchedulerSide | None = None
     worker: WorkerSide | None = None
 
@@ -53,7 +57,9 @@ class KvistConnector(SidedConnector):
             numerics = functools.partial(internals.numerics, vllm_config, kv_cache_config)
             host_bytes = int(self.extra.get("host_bytes", _HOST_BYTES))
             cache_bytes = int(self.extra.get("cache_bytes", 0)) if self.mode == "write_through" else None
-            self.worker = WorkerSide(layouts, self.extra["store"], host_bytes, numerics, cache_bytes)
+            self.worker = WorkerSide(
+                layouts, self.extra["store"], host_bytes, numerics, cache_bytes, self.extra.get("tiers", ())
+            )
 
 
 def _options(extra: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +68,14 @@ def _options(extra: dict[str, Any]) -> dict[str, Any]:
         raise InvalidInput(
             f"kv_connector_extra_config: expected store and of {', '.join(sorted(_OPTIONS))}, got {sorted(extra)}"
         )
+    for name in _TEXTS & extra.keys():  # taken for nothing, a list of token files would let everybody in
+        if not isinstance(extra[name], str) or not extra[name]:
+            raise InvalidInput(f"kv_connector_extra_config: {name} is text, got {extra[name]!r:.80}")
     if extra.get("mode", _MODES[0]) not in _MODES:
         raise InvalidInput(f"kv_connector_extra_config: mode is one of {', '.join(_MODES)}, got {extra['mode']!r:.80}")
+    tiers = extra.get("tiers", [])
+    if not isinstance(tiers, list) or not all(isinstance(tier, str) for tier in tiers):
+        raise InvalidInput("kv_connector_extra_config: tiers is a list of urls of page tiers, the nearest first")
+    for tier in tiers:
+        open_tier(tier).close()  # a wrong url ends the start, not the first load
     return extra

@@ -7,44 +7,29 @@ cartridge is it leaves to the front end.
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import sys
 import threading
-import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import vllm.exceptions
-from vllm.exceptions import VLLMNotFoundError, VLLMServerError, VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
 
 from kvist.cartridge.model import DTYPES, ModelIdentity
-from kvist.engines.vllm import internals
+from kvist.engines.vllm import bodies, internals
 from kvist.engines.vllm.arriving import begin_of
 from kvist.engines.vllm.cartridges.placing import KEY, Asked, Placed, Served, check_unmarked
-from kvist.errors import CartridgeNotReady, InvalidInput, KvistError, LayoutMismatch, NotFound, UnsupportedModel
+from kvist.engines.vllm.refusing import refusal
+from kvist.errors import KvistError, UnsupportedModel
 
 if TYPE_CHECKING:
     from kvist.engines.vllm.cartridges.frontend import Frontend  # imports what only cartridges need
 
-RetryableRequestError: Final[type[Exception] | None] = getattr(vllm.exceptions, "RetryableRequestError", None)
-"""503; older vLLM has none, and says 500."""
-CONNECTOR: Final = "CartridgeConnector"
+_CONNECTOR: Final = "CartridgeConnector"
 _MODULE: Final = "kvist.engines.vllm.cartridges"
 _DECIDED: Final = "kvist_placed"
 """Key of a rendered prompt under which `generate` leaves what it decided for `process_inputs`."""
-_PATIENCE: Final = 5.0
-"""Seconds that a server lets a request wait for a cartridge that is being opened."""
-_MOMENT: Final = 0.02
-_BODIES: Final = (
-    ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
-    ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
-    ("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
-)
-"""Bodies of requests, by their modules."""
 
 
 # -- configuration -----------------------------------------------------------------------------------------------
@@ -65,7 +50,7 @@ def cartridge_settings(vllm_config: Any) -> Mapping[str, Any] | None:
 
 
 def _is_ours(name: str | None, module: str | None) -> bool:
-    return name == CONNECTOR and (module or "").startswith(_MODULE)
+    return name == _CONNECTOR and (module or "").startswith(_MODULE)
 
 
 def model_identity(vllm_config: Any, settings: Mapping[str, Any]) -> ModelIdentity:
@@ -108,17 +93,6 @@ def _fetched(config: Any, cache_dir: str | None) -> Path:
             f"its config.json, and there is none: {error}",
             hint="serve a directory (huggingface-cli download)",
         ) from error
-
-
-def register_connector() -> None:
-    """Let vLLM find the connector by its name alone, as `MultiConnector` does for its children's metrics. Idempotent.
-
-    A connector of that name that vLLM has itself stays what it is: ours is loaded by its module's path all the same.
-    """
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-
-    if CONNECTOR not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(CONNECTOR, _MODULE, CONNECTOR)
 
 
 # -- the API process ---------------------------------------------------------------------------------------------
@@ -192,8 +166,7 @@ def enter_frontend(opening: Callable[[Mapping[str, Any], ModelIdentity, Served],
             self.shutdown()
             raise
         if frontend is not None:
-            _watch_bodies(frontends)
-            _let_wait(frontends)
+            bodies.watch(frontends.all)
 
     @functools.wraps(generate)
     def decide(self: Any, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -294,124 +267,3 @@ def _mark(request: Any, placed: Placed | None) -> None:
         params.extra_args = placed.mark(params.extra_args)
     elif "cartridge_id" in (transfer := (params.extra_args or {}).get("kv_transfer_params") or {}):
         params.extra_args = {**params.extra_args, "kv_transfer_params": {**transfer, KEY: None}}  # seen, and none used
-
-
-def refusal(error: KvistError) -> Exception:
-    """``error`` as vLLM's servers tell it: 404, 400, 503 or 500."""
-    message = f"{error} ({error.hint})" if error.hint else str(error)
-    kind: type[Exception] = VLLMServerError
-    if isinstance(error, NotFound):
-        kind = VLLMNotFoundError
-    elif isinstance(error, InvalidInput | LayoutMismatch):
-        kind = VLLMValidationError
-    elif isinstance(error, CartridgeNotReady) and RetryableRequestError is not None:
-        kind = RetryableRequestError
-    return kind(message)
-
-
-def _watch_bodies(frontends: Frontends) -> None:
-    """Look at bodies where what they say would get lost on its way to `generate`, or come there too late.
-
-    Beam search makes requests of its own, which name no cartridge; `/v1/responses` asks the engine when its answer has
-    begun; and what raw HTTP nests in ``extra_body``, as only OpenAI's client may, vLLM drops. Only in an API server are
-    these modules there, and only there are they needed.
-    """
-    for module, name in _BODIES:
-        body = getattr(sys.modules.get(module), name, None)
-        if body is None or hasattr(body.to_sampling_params, "watched"):
-            continue
-        body.to_sampling_params = _watched(body.to_sampling_params, frontends)
-        if hasattr(body, "to_beam_search_params"):
-            body.to_beam_search_params = _without_cartridge(body.to_beam_search_params, frontends)
-
-
-def _watched(convert: Callable[..., Any], frontends: Frontends) -> Callable[..., Any]:
-    @functools.wraps(convert)
-    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _unnest(self)
-        params = convert(self, *args, **kwargs)
-        for frontend in frontends.all():
-            _find(frontend, params.extra_args)
-        return params
-
-    to_sampling_params.watched = True  # type: ignore[attr-defined]
-    return to_sampling_params
-
-
-def _without_cartridge(convert: Callable[..., Any], frontends: Frontends) -> Callable[..., Any]:
-    @functools.wraps(convert)
-    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _unnest(self)
-        extra = _extra_of(self)
-        for frontend in frontends.all():
-            # one that every request uses is found again in each request that the search makes
-            if (entry := _find(frontend, extra)) is not None and _find(frontend, None) != entry:
-                raise VLLMValidationError(f"cartridge {entry.cartridge_id!r}: cannot be named in a beam search")
-        return convert(self, *args, **kwargs)
-
-    return to_beam_search_params
-
-
-def _let_wait(frontends: Frontends) -> None:
-    """Let servers wait a little for what is being opened, where nothing is answered yet and other requests go on.
-
-    Older vLLM has no such place: there, and after `_PATIENCE`, a request is refused and may be sent again.
-    """
-    if _BODIES[0][0] not in sys.modules:  # not in a server
-        return
-    try:
-        from vllm.entrypoints.generate.base.serving import GenerateBaseServing
-    except ImportError:
-        return
-    inner = getattr(GenerateBaseServing, "_with_kv_transfer_rejection_cleanup", None)
-    if inner is None or hasattr(inner, "waits"):
-        return
-
-    async def looked(body: Any, answer: Any) -> Any:
-        try:
-            _unnest(body)
-            for frontend in frontends.all():
-                await _look(frontend, _extra_of(body))
-        except BaseException:
-            answer.close()
-            raise
-        return await answer
-
-    @functools.wraps(inner)
-    async def waiting(self: Any, awaitable: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        return await inner(self, looked(request, awaitable), request, *args, **kwargs)
-
-    waiting.waits = True  # type: ignore[attr-defined]
-    GenerateBaseServing._with_kv_transfer_rejection_cleanup = waiting
-
-
-async def _look(frontend: Frontend, extra_args: Mapping[str, Any]) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            return frontend.look(extra_args)
-        except CartridgeNotReady as error:
-            if time.monotonic() > deadline:
-                raise refusal(error) from error
-        except KvistError as error:
-            raise refusal(error) from error
-        await asyncio.sleep(_MOMENT)
-
-
-def _extra_of(body: Any) -> dict[str, Any]:
-    """What a body says besides its prompt, as its sampling parameters will."""
-    return {**(getattr(body, "vllm_xargs", None) or {}), "kv_transfer_params": body.kv_transfer_params}
-
-
-def _find(frontend: Frontend, extra_args: Mapping[str, Any] | None) -> Any:
-    try:
-        return frontend.find(extra_args)
-    except KvistError as error:
-        raise refusal(error) from error
-
-
-def _unnest(body: Any) -> None:
-    nested = (body.model_extra or {}).get("extra_body")
-    params = nested.get("kv_transfer_params") if isinstance(nested, dict) else None
-    if body.kv_transfer_params is None and isinstance(params, dict):
-        body.kv_transfer_params = params

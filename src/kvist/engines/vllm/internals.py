@@ -224,7 +224,16 @@ def _dynamo_is_off() -> bool:
 class Blocks:
     """The scheduler's block pool, and how often each of its blocks was handed out."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, size: int) -> None:
+        """Take vLLM's pool of blocks of ``size`` tokens.
+
+        Raises:
+            UnsupportedModel: blocks are hashed in other sizes than they are kept.
+        """
+        if pool.hash_block_size != size:
+            raise UnsupportedModel(
+                f"expected blocks of {size} tokens to be hashed whole, got hashes of {pool.hash_block_size}"
+            )
         self._pool = pool
         self.generation = [0] * pool.num_gpu_blocks
         hand_out = pool.get_new_blocks

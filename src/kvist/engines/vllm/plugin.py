@@ -29,10 +29,10 @@ CALL = "kvist"
 
 def register() -> None:
     """Entry point ``vllm.general_plugins: kvist``. Loaded in every process of vLLM; idempotent."""
-    from kvist.engines.vllm import arriving, intake, internals
+    from kvist.engines.vllm import arriving, intake, internals, sides
 
     internals.enter_core(CALL, _answer, _prepare)
-    intake.register_connector()
+    sides.register_connectors()
     intake.enter_frontend(_open_frontend)
     arriving.enter_placing(_place)
 

@@ -43,12 +43,13 @@ class Saver:
 
     Attributes:
         saved, dropped: blocks that were stored, and that were not: no room in host memory, or a store that fails.
+        nbytes: of those that were stored.
     """
 
     def __init__(
         self, repo: Callable[[], Repository], layouts: Sequence[Layout], pool: HostPool, max_bytes: int | None
     ) -> None:
-        self.saved = self.dropped = 0
+        self.saved = self.dropped = self.nbytes = 0
         self._repo, self._layouts, self._pool, self._max_bytes = repo, layouts, pool, max_bytes
         self._cache: PrefixCache | None = None
         self._opening, self._lock = threading.Lock(), threading.Lock()
@@ -123,6 +124,7 @@ class Saver:
                 self.cache.add(copied.group.layout.group, entries)
             self.cache.flush()
             self.saved += count
+            self.nbytes += sum(len(copied.slots) * copied.group.page_bytes for copied in waiting)
         except Exception as error:  # whatever it is, the slots must come back and the thread go on
             log.warning("%d blocks are not stored: %s", count, error, exc_info=not isinstance(error, KvistError))
             self.dropped += count

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from kvist.engines.vllm import internals, requests
+from kvist.engines.vllm.cartridges.placing import salt_of
 from kvist.engines.vllm.index import PrefixIndex
 from kvist.engines.vllm.internals import Blocks
 from kvist.engines.vllm.matching import Checkout, Stored, blocks_of, chain_tokens, first_block, starts_with, window_of
 from kvist.engines.vllm.messages import CapturePlan, Load, Place, SequencePlan, Start, StepPlan, StepReport
-from kvist.errors import NotFound, UnsupportedModel
+from kvist.errors import NotFound
 from kvist.layout import Layout
 
 log = logging.getLogger("kvist.vllm")
@@ -108,11 +109,7 @@ class SchedulerSide:
         Raises:
             UnsupportedModel: blocks are hashed in other sizes than they are kept.
         """
-        if pool.hash_block_size != self._size:
-            raise UnsupportedModel(
-                f"expected blocks of {self._size} tokens to be hashed whole, got hashes of {pool.hash_block_size}"
-            )
-        self.blocks = Blocks(pool)
+        self.blocks = Blocks(pool, self._size)
 
     def bind(self, manager: Any) -> None:
         """The scheduler's cache manager, once it is known: 0.28 does not tell, so every call brings it."""
@@ -143,11 +140,12 @@ class SchedulerSide:
             internals.resalt(request, _salt(found.source, request.cache_salt))
 
     def _named(self, request: Any, wanted: dict[str, Any]) -> Match | None:
-        """The sequence that the request names. The API process has checked that it is one, and that it fits."""
+        """The sequence that the request names, if it came with its salt; the API process has checked that it fits."""
         cid, name = wanted["snapshot"], wanted.get("sequence")
         checkout = self._checkouts.get(cid) if isinstance(cid, str) else None
         stored = checkout.sequences.get(name) if checkout is not None and isinstance(name, str) else None
-        if checkout is None or stored is None or not starts_with(request.prompt_token_ids, stored):
+        is_its = stored is not None and _is_under(stored, request.cache_salt)
+        if checkout is None or stored is None or not is_its or not starts_with(request.prompt_token_ids, stored):
             log.warning("request %s names a sequence that it cannot continue; it is computed", request.request_id)
             return None
         self._checkouts.move_to_end(cid)
@@ -536,6 +534,14 @@ class SchedulerSide:
 def _salt(checkout: Checkout, salt: str | None) -> str:
     """What keeps a snapshot's blocks to those that continue it, or a fork of it, and tenants apart as they were."""
     return f"kvist:{checkout.content}" if salt is None else f"kvist:{checkout.content}:{salt}"
+
+
+def _is_under(stored: Stored, salt: str | None) -> bool:
+    """Whether a request that came with ``salt`` made a sequence: what one tenant computed is not told to another."""
+    cartridge = stored.state.get("cartridge")
+    if isinstance(cartridge, dict):  # then its salt is of our making
+        salt = salt_of(str(cartridge.get("identity")), salt)
+    return stored.state.get("salt") == requests.digest(salt)
 
 
 def _make_unique(sequences: list[SequencePlan]) -> None:

@@ -6,18 +6,36 @@ all versions that kvist runs on; must not know what the sides do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Final, Protocol
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from kvist.engines.vllm import internals
+from kvist.engines.vllm.metrics import ConnectorMetrics, ConnectorStats, Meter, Number
+
+_CONNECTORS: Final = {
+    "KvistConnector": "kvist.engines.vllm.connector",
+    "CartridgeConnector": "kvist.engines.vllm.cartridges",
+}
+
+
+def register_connectors() -> None:
+    """Let vLLM find our connectors by name alone, as `MultiConnector` does for its children's metrics. Idempotent.
+
+    A connector of such a name that vLLM has itself stays what it is: ours is loaded by its module's path all the same.
+    """
+    for name, module in _CONNECTORS.items():
+        if name not in KVConnectorFactory._registry:
+            KVConnectorFactory.register_connector(name, module, name)
 
 
 class Deciding(Protocol):
@@ -72,6 +90,9 @@ class Moving(Protocol):
     def take_report(self) -> KVConnectorWorkerMetadata | None:
         """What happened since the last call."""
 
+    def stats(self) -> Mapping[str, Number]:
+        """Sums since the start, by their names in the connector's catalogue."""
+
     def close(self) -> None:
         """Stop threads."""
 
@@ -82,23 +103,52 @@ class SidedConnector(KVConnectorBase_V1, SupportsHMA):
     Loads are asynchronous ones; nothing is saved by way of vLLM's hooks, and no block is ever kept back.
 
     Attributes:
+        STATS: what its workers tell to vLLM's log and ``/metrics``.
         scheduler: ``None`` in a worker.
         worker: ``None`` beside the scheduler.
     """
 
+    STATS: ClassVar[type[ConnectorStats]]
     scheduler: Deciding | None = None
     worker: Moving | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        register_connectors()  # the plugin does it too, if vLLM was let load it
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         internals.check(vllm_config, kv_cache_config)
         self._bad_blocks: set[int] = set()
+        self._meter = Meter(self.STATS)
 
     def shutdown(self) -> None:
         """Stop threads and close what is open."""
         for side in (self.worker, self.scheduler):
             if side is not None:
                 side.close()
+
+    # -- metrics -------------------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """See the base class."""
+        return self._meter.read(self.worker.stats()) if self.worker is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """See the base class."""
+        return cls.STATS(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        """See the base class."""
+        return ConnectorMetrics(cls.STATS.catalogue, vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # -- scheduler -----------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from kvist.repo.repository import Repository
 log = logging.getLogger("kvist.vllm")
 
 _CHUNK: Final = 32 << 20
-"""Bytes that one load brings in at a time."""
+"""Bytes that one load brings in at a time, or as many as a far store fetches at once."""
 _GENERATORS_MAX: Final = 1024
 
 
@@ -40,7 +40,7 @@ class WorkerSide:
     Attributes:
         layouts: this rank's, by group.
         arrivals: what became of loads.
-        pages_read: pages read from the store for them, or ahead of them.
+        pages_read: pages read from the repository for them, or ahead of them.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class WorkerSide:
         host_bytes: int,
         numerics: Callable[[], dict[str, Any]],
         cache_bytes: int | None,
+        tiers: Sequence[str] = (),
     ) -> None:
         """Start no thread that does anything yet.
 
@@ -59,12 +60,13 @@ class WorkerSide:
             host_bytes: memory for pages on their way, and for those that stay there.
             numerics: tells what else decides the bits; asked when the model is loaded.
             cache_bytes: bound of the durable prefix cache, 0: none; ``None``: there is no such cache.
+            tiers: urls of page tiers in front of the store.
         """
         self.layouts = layouts
         self.arrivals = Arrivals()
         self.pages_read = 0
         self._store, self._host_bytes, self._numerics = store, host_bytes, numerics
-        self._cache_bytes = cache_bytes
+        self._cache_bytes, self._tiers = cache_bytes, tiers
         self._saver: Saver | None = None
         self._repo: Repository | None = None
         self._runner: Any = None
@@ -105,19 +107,29 @@ class WorkerSide:
         """This rank's layouts, by group, and what else decides its bits."""
         return [asdict(layout) for layout in self.layouts], self._numerics()
 
-    def stats(self) -> dict[str, int]:
-        """What this worker has done since it started."""
-        arrivals = self.arrivals
-        found = {
-            "pages_loaded": arrivals.pages,
-            "pages_read": self.pages_read,
+    def stats(self) -> dict[str, int | float]:
+        """What this worker has done since it started; see `kvist.engines.vllm.metrics.SNAPSHOTS`."""
+        arrivals, captures, saver, repo = self.arrivals, self._captures, self._saver, self._repo
+        tiers = repo.pages.tier_stats() if repo is not None else ()
+        return {
             "loads": arrivals.loads,
             "loads_failed": arrivals.failed,
-            "pages_captured": self.captures.pages_captured,
+            "pages_loaded": arrivals.pages,
+            "bytes_loaded": arrivals.nbytes,
+            "load_seconds": arrivals.seconds,
+            "pages_read": self.pages_read,
+            "bytes_from_store": repo.pages.bytes_read if repo is not None else 0,
+            "bytes_from_tiers": sum(tier.bytes_read for tier in tiers),
+            "tier_hits": sum(tier.hits for tier in tiers),
+            "tier_misses": sum(tier.misses for tier in tiers),
+            "tier_bad": sum(tier.bad for tier in tiers),
+            "tier_errors": sum(tier.errors for tier in tiers),
+            "pages_captured": captures.pages_captured if captures is not None else 0,
+            "bytes_captured": captures.bytes_captured if captures is not None else 0,
+            "blocks_saved": saver.saved if saver is not None else 0,
+            "bytes_saved": saver.nbytes if saver is not None else 0,
+            "saves_dropped": saver.dropped if saver is not None else 0,
         }
-        if self._saver is not None:
-            found |= {"blocks_saved": self._saver.saved, "saves_dropped": self._saver.dropped}
-        return found
 
     @property
     def captures(self) -> Captures:
@@ -134,7 +146,7 @@ class WorkerSide:
         """The repository, opened when it is first needed: a store that cannot be reached must not stop the engine."""
         with self._lock:
             if self._repo is None:
-                self._repo = Repository.open(self._store, create=True)
+                self._repo = Repository.open(self._store, create=True, tiers=self._tiers)
             return self._repo
 
     # -- in every step -------------------------------------------------------------------------------------------
@@ -289,7 +301,7 @@ class WorkerSide:
 
     def _parts(self, items: Sequence[Any], nbytes: int) -> Iterator[Sequence[Any]]:
         assert self._pool is not None
-        count = max(1, min(_CHUNK // nbytes, len(self._pool) // 4))
+        count = max(1, min(max(_CHUNK, self.repo.pages.ahead) // nbytes, len(self._pool) // 4))
         for start in range(0, len(items), count):
             yield items[start : start + count]
 

@@ -10,23 +10,22 @@ from typing import Any, Final
 from anyio import CapacityLimiter, to_thread
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 import kvist
 from kvist.engines.mock import MockEngine
 from kvist.server.delivery import deliver, require_consistent
-from kvist.server.errors import BadRequest, error_response
+from kvist.server.errors import BadRequest
 from kvist.server.mock.bodies import MockBody, MockChatBody, MockCompletionBody, decode_mock_body, read_mock_body
 from kvist.server.mock.errors import vllm_envelope
 from kvist.server.mock.generation import MockChatAnswer, MockCompletionAnswer, MockGeneration
 from kvist.server.mock.metrics import Metrics
 from kvist.server.mock.speech import Speech, Voice, make_speech
 from kvist.server.prompts import prompts_of
+from kvist.server.routing import Table, application, version
 from kvist.server.schema import BODY_MAX, parse_object, read_bytes
-from kvist.server.wire import Endpoint, guarded, json_response
+from kvist.server.wire import json_response
 
 _THREADS: Final = 4
 """In which prompts are made ready; all of them want the one interpreter."""
@@ -52,10 +51,10 @@ class Served:
 def create_app(served: Served) -> Starlette:
     """The application. Who owns the engine runs and closes it."""
     api = _Api(served)
-    routes: list[tuple[str, str, Endpoint]] = [
+    table: Table = [
         ("GET", "/health", api.health),
         ("GET", "/ping", api.health),
-        ("GET", "/version", api.version),
+        ("GET", "/version", version),
         ("GET", "/metrics", api.metrics),
         ("GET", "/v1/models", api.models),
         ("POST", "/v1/completions", api.completions),
@@ -63,14 +62,7 @@ def create_app(served: Served) -> Starlette:
         ("POST", "/tokenize", api.tokenize),
         ("POST", "/mock/held", api.held),
     ]
-
-    async def http_error(_: Request, error: Exception) -> Response:
-        return error_response(error, vllm_envelope)
-
-    return Starlette(
-        routes=[Route(path, guarded(endpoint, vllm_envelope), methods=[method]) for method, path, endpoint in routes],
-        exception_handlers={HTTPException: http_error},
-    )
+    return application(table, form=vllm_envelope)
 
 
 class _Api:
@@ -84,10 +76,6 @@ class _Api:
     async def health(self, _: Request) -> Response:
         """``GET /health``: an empty answer, as vLLM's."""
         return Response()
-
-    async def version(self, _: Request) -> Response:
-        """``GET /version``."""
-        return json_response({"version": kvist.__version__})
 
     async def metrics(self, _: Request) -> Response:
         """``GET /metrics``."""

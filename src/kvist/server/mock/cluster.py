@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from socket import socket
 from typing import Any, Self
 
 import anyio
-from starlette.applications import Starlette
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvist.engines.mock import MockEngine
 from kvist.errors import InvalidInput
 from kvist.router.publish import Publisher
+from kvist.server.access import Access, Guard
 from kvist.server.mock.app import Served, create_app
+from kvist.server.mock.errors import vllm_envelope
 from kvist.server.mock.metrics import Metrics
 from kvist.server.mock.speech import Voice
+from kvist.server.routes import Rule, find_rule
 from kvist.server.run import GRACE_S, Server, bind, url_of
 from kvist.sim.config import EngineConfig
 
@@ -61,7 +63,7 @@ class Worker:
     served: Served
     listener: socket
     publisher: Publisher
-    app: Starlette
+    app: ASGIApp
 
     def about(self) -> dict[str, Any]:
         """Where it can be reached."""
@@ -79,7 +81,15 @@ class Cluster:
         workers: in order of their ports.
     """
 
-    def __init__(self, config: EngineConfig, voice: Voice, *, workers: int = 1, ports: Ports | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        voice: Voice,
+        *,
+        workers: int = 1,
+        ports: Ports | None = None,
+        access: Access | None = None,
+    ) -> None:
         """Bind all sockets.
 
         Args:
@@ -87,6 +97,8 @@ class Cluster:
             voice: of all.
             workers: how many.
             ports: where they listen; default: anywhere on this machine alone.
+            access: who may call the APIs, tenants excepted; default: whoever is on this machine. Streams of events ask
+                nobody.
 
         Raises:
             InvalidInput: a configuration that cannot be, ports that cannot be had.
@@ -95,6 +107,7 @@ class Cluster:
         ports = ports or Ports()
         _require_ports(ports, workers)
         self.workers: list[Worker] = []
+        self._access = access or Access()
         self._server: Server | None = None
         with ExitStack() as stack:
             for number in range(workers):
@@ -142,7 +155,9 @@ class Cluster:
             group.cancel_scope.cancel()
 
     def _worker(self, config: EngineConfig, voice: Voice, ports: Ports, number: int, stack: ExitStack) -> Worker:
-        listener = stack.enter_context(bind(ports.host, ports.of("http", number)))
+        listener = stack.enter_context(
+            bind(ports.host, ports.of("http", number), guarded=self._access.tokens is not None)
+        )
         host = listener.getsockname()[0]  # an address: ZeroMQ takes no names
         where = [f"tcp://{host}:{ports.of(kind, number) or '*'}" for kind in ("events", "replay")]
         publisher = stack.enter_context(Publisher(*where, block_size=config.block_size))
@@ -150,13 +165,20 @@ class Cluster:
         engine = MockEngine(config, publish=publisher.publish, observer=metrics)
         metrics.bind(engine)
         served = Served(engine=engine, voice=voice, metrics=metrics)
-        return Worker(served, listener, publisher, create_app(served))
+        app = Guard(create_app(served), self._access, form=vllm_envelope, rules=rule_of)
+        return Worker(served, listener, publisher, app)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def rule_of(method: str, path: str) -> Rule | None:
+    """The rule of a route: nothing is for tenants, for whom these engines have no caches apart."""
+    found = find_rule(method, path)
+    return None if found is None else replace(found, for_tenants=False)
 
 
 def _require_ports(ports: Ports, workers: int) -> None:

@@ -11,6 +11,8 @@ from kvist.server.errors import status_of
 
 _TYPES: Final = {
     400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 from msgspec import Struct
 
-from kvist.errors import EngineError, KvistError
+from kvist.errors import EngineError, InvalidInput, KvistError
 from kvist.layout import Layout
 from kvist.server.errors import NoConnector
 
@@ -112,7 +112,7 @@ class _Checkouts(Struct):
 
 
 class _Stats(Struct):
-    ranks: list[dict[str, int]]
+    ranks: list[dict[str, int | float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class Core:
             NoConnector: it was given none.
         """
         transfer = getattr(self.engine.vllm_config, "kv_transfer_config", None)
-        store = _find_store(getattr(transfer, "kv_connector", None), transfer)
+        store = self.option("store")
         if store is None:
             raise NoConnector(
                 f"expected an engine with the connector KvistConnector and its store, got "
@@ -165,6 +165,18 @@ class Core:
                 hint=f"start vLLM with VLLM_PLUGINS=kvist and {_CONFIG}",
             )
         return store
+
+    def option(self, name: str) -> str | None:
+        """What our connector's ``kv_connector_extra_config`` says of an option that is text.
+
+        Raises:
+            InvalidInput: something else, which must not count as nothing.
+        """
+        transfer = getattr(self.engine.vllm_config, "kv_transfer_config", None)
+        found = _options(getattr(transfer, "kv_connector", None), transfer).get(name)
+        if found is not None and (not isinstance(found, str) or not found):
+            raise InvalidInput(f"kv_connector_extra_config: {name} is text, got {found!r:.80}")
+        return found
 
     # -- the calls -----------------------------------------------------------------------------------------------
 
@@ -220,7 +232,7 @@ class Core:
         """Cids of the snapshots that requests may continue."""
         return (await self.call("checkouts", {}, _Checkouts)).cids
 
-    async def stats(self) -> dict[str, int]:
+    async def stats(self) -> dict[str, int | float]:
         """What the workers have done since they started, by rank."""
         return (await self.call("stats", {}, _Stats)).ranks[0]
 
@@ -303,13 +315,12 @@ def _convert(answer: Mapping[str, Any], kind: type[_Answer], op: str) -> _Answer
         raise EngineError(f"the engine's answer to {op} is not what this version of kvist knows: {error}") from error
 
 
-def _find_store(connector: str | None, transfer: Any) -> str | None:
-    """The store of our connector, which may be one of several under vLLM's ``MultiConnector``."""
+def _options(connector: str | None, transfer: Any) -> Mapping[str, Any]:
+    """The options of our connector, which may be one of several under vLLM's ``MultiConnector``; none, without it."""
     extra = getattr(transfer, "kv_connector_extra_config", None) or {}
     if connector == "KvistConnector":
-        return extra.get("store")
+        return extra if isinstance(extra, Mapping) else {}
     for child in extra.get("connectors", ()):
         if isinstance(child, Mapping) and child.get("kv_connector") == "KvistConnector":
-            store = (child.get("kv_connector_extra_config") or {}).get("store")
-            return store if isinstance(store, str) else None
-    return None
+            return child.get("kv_connector_extra_config") or {}
+    return {}

@@ -14,21 +14,25 @@ from typing import Any, Final
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvist.errors import EngineError, KvistError
+from kvist.server.access import path_of
 from kvist.server.cartridges import cartridge_routes
 from kvist.server.errors import NoConnector, error_response
+from kvist.server.routing import application
 from kvist.server.schema import BODY_MAX, SnapshotBody, VllmCheckoutBody, read_body
+from kvist.server.tokens import FILE as TOKENS
+from kvist.server.tokens import closed
 from kvist.server.vllm.cartridges import Cartridges
-from kvist.server.vllm.client import EngineClient
-from kvist.server.vllm.resume import Resume, may_name_a_snapshot, path_of
+from kvist.server.vllm.client import Core, EngineClient
+from kvist.server.vllm.gate import Door, Gate, grant_of, require_own
+from kvist.server.vllm.metrics import metered
+from kvist.server.vllm.resume import Resume, may_name_a_snapshot
 from kvist.server.vllm.snapshots import Snapshots
-from kvist.server.wire import Endpoint, guarded, json_response
+from kvist.server.wire import json_response
 
 log = logging.getLogger("kvist.server")
 
@@ -50,6 +54,7 @@ class EndpointPlugin:
     def __init__(self) -> None:
         self._snapshots = Snapshots()
         self._cartridges = Cartridges()
+        self._door = Door()
         self._opening: asyncio.Task[None] | None = None
 
     def attach_router(self, app: Any) -> None:
@@ -57,12 +62,21 @@ class EndpointPlugin:
 
         What is added now comes to lie inside all middleware that vLLM adds later, authentication among it.
         """
-        app.mount(PREFIX, routes(self._snapshots))
-        app.mount(CARTRIDGES_PREFIX, routes_of_cartridges(self._cartridges))
-        app.add_middleware(Resume, snapshots=self._snapshots)
+        self._door.configure(os.environ.get(TOKENS), None)
+        app.mount(PREFIX, metered(routes(self._snapshots), prefix=PREFIX))
+        app.mount(CARTRIDGES_PREFIX, metered(routes_of_cartridges(self._cartridges), prefix=CARTRIDGES_PREFIX))
+        app.add_middleware(Resume, snapshots=self._snapshots, door=self._door)
+        app.add_middleware(Gate, door=self._door, salt_of=self._snapshots.salt_of)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Any) -> None:
-        """Take the engine, and begin to open the repository. A store out of reach does not keep the server down."""
+        """Take the engine, and begin to open the repository. A store out of reach does not keep the server down.
+
+        Raises:
+            KvistError: there is to be a tokens file, and it cannot be used; the server does not start.
+        """
+        self._door.configure(_tokens_file(engine_client), args)
+        if self._door.refusal is not None:
+            log.warning("%s", self._door.refusal)
         self._snapshots.attach(engine_client)
         self._cartridges.attach(engine_client)
         if engine_client is not None:
@@ -75,7 +89,7 @@ class EndpointPlugin:
             hint = f" ({error.hint})" if error.hint else ""
             is_meant = isinstance(error, NoConnector) and self._cartridges.is_served
             log.log(logging.DEBUG if is_meant else logging.WARNING, "snapshots are not available: %s%s", error, hint)
-        except Exception:
+        except Exception:  # the end of a background task: nobody else would tell of it; the next request tries again
             log.exception("snapshots are not available yet")
 
 
@@ -94,12 +108,23 @@ class KvistMiddleware:
         self.app = app
         self._snapshots = Snapshots()
         self._cartridges = Cartridges()
-        self._routes = routes(self._snapshots, prefix=PREFIX)
-        self._routes_of_cartridges = routes_of_cartridges(self._cartridges, prefix=CARTRIDGES_PREFIX)
-        self._resume = Resume(app, self._snapshots)
+        self._routes = metered(routes(self._snapshots, prefix=PREFIX))
+        self._routes_of_cartridges = metered(routes_of_cartridges(self._cartridges, prefix=CARTRIDGES_PREFIX))
+        self._door = Door()
+        self._resume = Resume(app, self._snapshots, self._door)
+        self._gate = Gate(self._inside, self._door, self._snapshots.salt_of)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let it pass."""
+        if scope["type"] in ("http", "websocket"):
+            state = scope["app"].state
+            try:
+                self._door.configure(_tokens_file(getattr(state, "engine_client", None)), getattr(state, "args", None))
+            except KvistError as error:
+                return await error_response(closed(error))(scope, receive, send)
+        return await self._gate(scope, receive, send)
+
+    async def _inside(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
             return await self.app(scope, receive, send)
         path = path_of(scope)
@@ -126,38 +151,38 @@ def routes(snapshots: Snapshots, *, prefix: str = "", body_max: int = BODY_MAX) 
     """The routes, below ``prefix``."""
 
     async def snapshot(request: Request) -> Response:
-        return json_response(await snapshots.snapshot(await read_body(request, SnapshotBody, body_max)))
+        body = await read_body(request, SnapshotBody, body_max)
+        require_own(body.request_id or body.sequence, grant_of(request))
+        return json_response(await snapshots.snapshot(body))
 
     async def checkout(request: Request) -> Response:
         return json_response(await snapshots.checkout(await read_body(request, VllmCheckoutBody, body_max)))
 
     async def fork(request: Request) -> Response:
-        return await (await snapshots.history(body_max)).fork(request)
+        return await (await snapshots.history(body_max, grant_of(request).tenant)).fork(request)
 
     async def log(request: Request) -> Response:
-        return await (await snapshots.history()).log(request)
+        return await (await snapshots.history(tenant=grant_of(request).tenant)).log(request)
 
     async def show(request: Request) -> Response:
-        return await (await snapshots.history()).show(request)
+        return await (await snapshots.history(tenant=grant_of(request).tenant)).show(request)
 
     async def lineage(request: Request) -> Response:
-        return await (await snapshots.history()).lineage(request)
+        return await (await snapshots.history(tenant=grant_of(request).tenant)).lineage(request)
 
     async def stats(request: Request) -> Response:
         return json_response(await snapshots.stats())
 
-    table: list[tuple[str, str, Endpoint]] = [
-        ("POST", "/snapshot", snapshot),
-        ("POST", "/checkout", checkout),
-        ("POST", "/fork", fork),
-        ("GET", "/snapshots", log),
-        ("GET", "/snapshots/{rev:path}", show),
-        ("GET", "/lineage", lineage),
-        ("GET", "/stats", stats),
-    ]
-    return Starlette(
-        routes=[Route(prefix + path, guarded(endpoint), methods=[method]) for method, path, endpoint in table],
-        exception_handlers={HTTPException: _http_error},
+    return application(
+        [
+            ("POST", f"{prefix}/snapshot", snapshot),
+            ("POST", f"{prefix}/checkout", checkout),
+            ("POST", f"{prefix}/fork", fork),
+            ("GET", f"{prefix}/snapshots", log),
+            ("GET", f"{prefix}/snapshots/{{rev:path}}", show),
+            ("GET", f"{prefix}/lineage", lineage),
+            ("GET", f"{prefix}/stats", stats),
+        ]
     )
 
 
@@ -167,19 +192,15 @@ def routes_of_cartridges(cartridges: Cartridges, *, prefix: str = "", body_max: 
     async def stats(request: Request) -> Response:
         return json_response(await cartridges.stats())
 
-    return Starlette(
-        routes=[
-            Route(f"{prefix}/stats", guarded(stats), methods=["GET"]),
-            *cartridge_routes(
-                cartridges.library, prefix=f"{prefix}/cartridges", body_max=body_max, admit=cartridges.admit
-            ),
-        ],
-        exception_handlers={HTTPException: _http_error},
+    more = cartridge_routes(
+        cartridges.library, prefix=f"{prefix}/cartridges", body_max=body_max, admit=cartridges.admit
     )
+    return application([("GET", f"{prefix}/stats", stats)], more=more)
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
-    return error_response(error)
+def _tokens_file(engine: EngineClient | None) -> str | None:
+    """The tokens file that is configured."""
+    return (Core(engine).option("tokens") if engine is not None else None) or os.environ.get(TOKENS)
 
 
 # -- the API key -------------------------------------------------------------------------------------------------

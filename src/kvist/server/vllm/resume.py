@@ -16,8 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvist.errors import InvalidInput
 from kvist.repo import LogicalSeq
+from kvist.server.access import path_of
 from kvist.server.errors import BadRequest, error_response
 from kvist.server.schema import BODY_MAX
+from kvist.server.vllm.gate import Door
 from kvist.server.vllm.snapshots import Snapshots
 
 _PREFIXES: Final = {"/v1/completions": "cmpl-", "/v1/chat/completions": "chatcmpl-"}
@@ -38,12 +40,6 @@ _CARRIED: Final = (
 """Sampling parameters that go on as they were where a request leaves them out."""
 
 
-def path_of(scope: Scope) -> str:
-    """The path without the prefix of a proxy, as vLLM's authentication sees it."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
-
-
 def may_name_a_snapshot(scope: Scope) -> bool:
     """Whether it is a request of the kind that may; cheap, and without its body."""
     if scope["type"] != "http" or scope["method"] != "POST" or path_of(scope) not in _PREFIXES:
@@ -55,9 +51,9 @@ def may_name_a_snapshot(scope: Scope) -> bool:
 class Resume:
     """The middleware."""
 
-    def __init__(self, app: ASGIApp, snapshots: Snapshots, *, body_max: int = BODY_MAX) -> None:
+    def __init__(self, app: ASGIApp, snapshots: Snapshots, door: Door, *, body_max: int = BODY_MAX) -> None:
         """Bodies over ``body_max`` bytes pass as they are: they are no token ids."""
-        self.app, self._snapshots, self._body_max = app, snapshots, body_max
+        self.app, self._snapshots, self._door, self._body_max = app, snapshots, door, body_max
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let it pass."""
@@ -71,6 +67,8 @@ class Resume:
         if body is None:
             return await self.app(scope, _replay(messages, receive), send)
         try:
+            if self._door.access.tokens is None:  # else the gate has asked
+                self._door.require(scope)
             scope, data = await self._rewrite(scope, body)
         except Exception as error:
             return await error_response(error)(scope, receive, send)

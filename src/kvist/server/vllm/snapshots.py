@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
+import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Coroutine, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
@@ -25,21 +29,25 @@ from kvist.errors import (
     Conflict,
     EngineError,
     InvalidInput,
-    InvalidManifest,
     KvistError,
-    LayoutMismatch,
     MissingPage,
     NotFound,
     StoreError,
 )
 from kvist.ids import check_name
 from kvist.repo import LogicalSeq, Manifest, Repository, Snapshot
-from kvist.repo.repository import CONFIG
-from kvist.server.errors import BadRequest
+from kvist.repo.config import CONFIG
+from kvist.repo.keeper import Keeper
+from kvist.repo.signing import Trust
+from kvist.server.errors import BadRequest, NoConnector
 from kvist.server.heads import Heads
 from kvist.server.history import History, parts_of_rank, sequence_record
 from kvist.server.schema import BODY_MAX, SnapshotBody, VllmCheckoutBody
-from kvist.server.vllm.client import Captured, Core, Description, EngineClient
+from kvist.server.tenants import open_tenant
+from kvist.server.vllm.client import Captured, Core, EngineClient
+from kvist.server.vllm.parts import Parts, numeric_differences, payload_of, read_parts, verify_pages
+from kvist.store import Store, open_store
+from kvist.telemetry import operation
 
 log = logging.getLogger("kvist.server")
 
@@ -50,45 +58,14 @@ _COMMITS: Final = 5
 _CHOICE: Final = re.compile(r"^\d+_|-\d+$")
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A snapshot with its manifests, as they fit an engine.
-
-    Attributes:
-        cid: the snapshot's.
-        manifests: ascending by rank, then by group.
-        groups: those of the first rank. The other ranks' differ in the pages' digests only.
-    """
-
-    cid: str
-    manifests: tuple[Manifest, ...]
-    groups: tuple[Manifest, ...]
-
-    def sequence(self, sequence_id: str) -> LogicalSeq:
-        """A sequence of it, by the first group, or raise `NotFound`."""
-        found = self.groups[0].sequence(sequence_id)
-        if found is None:
-            raise NotFound(f"snapshot {self.cid} has no sequence {sequence_id!r:.200}")
-        return found
-
-    def chosen(self, sequence_ids: Collection[str] | None) -> Parts:
-        """Only these sequences and their pages."""
-        if sequence_ids is None:
-            return self
-        for name in sequence_ids:
-            self.sequence(name)
-        return Parts(
-            self.cid,
-            tuple(_chosen(manifest, sequence_ids) for manifest in self.manifests),
-            tuple(_chosen(manifest, sequence_ids) for manifest in self.groups),
-        )
-
-
 class _Opened:
     """An engine core and the repository that it writes to, once both are reached."""
 
-    def __init__(self, core: Core, repo: Repository) -> None:
-        self.core, self.repo, self.heads = core, repo, Heads(repo)
+    def __init__(self, core: Core, store: Store, repo: Repository) -> None:
+        self.core, self.store, self.repo, self.heads = core, store, repo, Heads(repo)
+        self.tenants: dict[str, Repository] = {}
+        self.opening: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.keepers: list[Keeper[Snapshots]] = []
 
 
 class Snapshots:
@@ -101,6 +78,7 @@ class Snapshots:
         self._checking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._engine_heads: OrderedDict[str, None] = OrderedDict()
         self._limiter = CapacityLimiter(8)
+        self._salts: dict[str, str] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- reaching engine and repository --------------------------------------------------------------------------
@@ -117,22 +95,56 @@ class Snapshots:
             NoConnector: the engine has no connector of ours.
             StoreError: the store cannot be reached, or holds no repository that can be read.
         """
+        opened = self._opened or await self._open()
+        return opened.core, opened.repo, opened.heads
+
+    async def _open(self) -> _Opened:
         if self._core is None:
             raise EngineError("this server has no engine, or is still starting")
         async with self._opening:
             if self._opened is None:
                 core = self._core
-                url = core.store
-                repo = await to_thread.run_sync(_open, url, limiter=self._limiter)
-                self._opened = _Opened(core, repo)
-        return self._opened.core, self._opened.repo, self._opened.heads
+                store, repo = await to_thread.run_sync(_open, core, limiter=self._limiter)
+                self._opened = _Opened(core, store, repo)
+                self._opened.keepers.append(self._keeper(repo))
+        return self._opened
 
-    async def history(self, body_max: int = BODY_MAX) -> History:
-        """The routes that need the repository only."""
+    async def tenant(self, name: str) -> Repository:
+        """The repository of a tenant, opened on first use; raises as `open`. Only its own requests wait for it."""
+        opened = self._opened or await self._open()
+        if name not in opened.tenants:
+            async with opened.opening.setdefault(name, asyncio.Lock()):
+                if name not in opened.tenants:
+                    open_repository = partial(Repository.open, trust=opened.repo.trust)
+                    opening = partial(open_tenant, opened.store, name, open_repository)
+                    # nothing of it is ever checked out here, so that nothing need be kept from its gc
+                    opened.tenants[name] = await to_thread.run_sync(opening, limiter=self._limiter)
+        return opened.tenants[name]
+
+    def _keeper(self, repo: Repository) -> Keeper[Snapshots]:
+        """Keeps a gc from what of ``repo`` is checked out: the engine reads its pages when a request needs them."""
+        return Keeper(repo, self, lambda me: list(me._engine_heads), holder=f"vLLM, process {os.getpid()}")
+
+    def _hold(self) -> None:
+        """What is checked out has changed."""
+        for keeper in self._opened.keepers if self._opened is not None else ():
+            keeper.nudge()
+
+    async def salt_of(self, tenant: str) -> str:
+        """The salt of a tenant's blocks; where the engine has no store, one of this process's."""
+        try:
+            return (await self.tenant(tenant)).config.block_salt
+        except NoConnector:
+            return self._salts.setdefault(tenant, secrets.token_hex(32))
+
+    async def history(self, body_max: int = BODY_MAX, tenant: str | None = None) -> History:
+        """The routes that need the repository only: the engine's, or a tenant's."""
+        if tenant is not None:
+            return History(await self.tenant(tenant), self._run, list, body_max)
         _, repo, _ = await self.open()
         return History(repo, self._run, lambda: list(self._engine_heads), body_max)
 
-    async def stats(self) -> dict[str, int]:
+    async def stats(self) -> dict[str, int | float]:
         """What the first rank's worker has done since it started."""
         core, _, _ = await self.open()
         return await core.stats()
@@ -175,7 +187,7 @@ class Snapshots:
             NotFound: no such request.
             Conflict, StoreFull, …: see `Repository.commit`.
         """
-        return await self._to_the_end(self._snapshot(body))
+        return await self._to_the_end(_told("snapshot", self._snapshot(body)))
 
     async def _snapshot(self, body: SnapshotBody) -> dict[str, Any]:
         started = time.perf_counter()
@@ -196,6 +208,7 @@ class Snapshots:
             heads.set([seq.id for seq in done.groups[0].sequences], done.snapshot.cid)
             if request_id is None:
                 self._engine_heads = OrderedDict({done.snapshot.cid: None})
+                self._hold()
         return {
             "cid": done.snapshot.cid,
             "name": done.snapshot.name,
@@ -223,20 +236,20 @@ class Snapshots:
             LayoutMismatch: it was made by another model, in another layout, on other ranks.
             DamagedPage, MissingPage: the store has not what it names.
         """
-        return await self._to_the_end(self._checkout(body))
+        return await self._to_the_end(_told("checkout", self._checkout(body)))
 
     async def _checkout(self, body: VllmCheckoutBody) -> dict[str, Any]:
         started = time.perf_counter()
         core, repo, _ = await self.open()
         here = await core.describe()
-        parts = await self._run(lambda: _parts(repo, body.cid, here))
+        parts = await self._run(lambda: read_parts(repo, body.cid, here))
         chosen = parts.chosen(body.sequences)
         if body.verify:
-            await self._run(lambda: _verify(repo, chosen.manifests))
+            await self._run(lambda: verify_pages(repo, chosen.manifests))
         await self._check_out(core, repo, parts)
         loaded = await core.preload(parts.cid) if body.preload else None
         first = chosen.groups[0]
-        differences = _differences(dict(first.numerics), here.numerics)
+        differences = numeric_differences(dict(first.numerics), here.numerics)
         carried = {seq.id: seq.state.get("not_carried") for seq in first.sequences}
         return {
             "ok": True,
@@ -252,12 +265,13 @@ class Snapshots:
         }
 
     async def _check_out(self, core: Core, repo: Repository, parts: Parts) -> None:
-        payload = await self._run(lambda: _payload(repo, parts))
+        payload = await self._run(lambda: payload_of(repo, parts))
         await core.check_out(payload)
         self._engine_heads[parts.cid] = None
         self._engine_heads.move_to_end(parts.cid)
         while len(self._engine_heads) > _HEADS_MAX:
             self._engine_heads.popitem(last=False)
+        self._hold()
 
     async def sequence(self, rev: str, sequence_id: str | None) -> tuple[str, LogicalSeq]:
         """The full cid of ``rev`` and one of its sequences, for a request that is to go on from there.
@@ -273,7 +287,7 @@ class Snapshots:
     async def _sequence(self, rev: str, sequence_id: str | None) -> tuple[str, LogicalSeq]:
         core, repo, _ = await self.open()
         here = await core.describe()
-        parts = await self._run(lambda: _parts(repo, rev, here))
+        parts = await self._run(lambda: read_parts(repo, rev, here))
         if sequence_id is None:
             names = [seq.id for seq in parts.groups[0].sequences]
             if len(names) != 1:
@@ -285,7 +299,7 @@ class Snapshots:
         lock = self._checking.setdefault(parts.cid, asyncio.Lock())
         async with lock:  # twelve requests that name it at once read its pages once
             if parts.cid not in await core.checkouts():
-                await self._run(lambda: _verify(repo, chosen.manifests))
+                await self._run(lambda: verify_pages(repo, chosen.manifests))
                 await self._check_out(core, repo, parts)
         return parts.cid, found
 
@@ -345,80 +359,26 @@ class _Commit:
 # -- in threads ----------------------------------------------------------------------------------------------------
 
 
-def _open(url: str) -> Repository:
+def _open(core: Core) -> tuple[Store, Repository]:
+    """The engine's store, and the repository in it."""
+    url = core.store
     try:
-        return Repository.open(url, create=True)
+        trusted = core.option("trusted_keys") or os.environ.get("KVIST_TRUSTED_KEYS")
+        store = open_store(url)
+        trust = Trust.load(Path(trusted)) if trusted else None
+        return store, Repository.open(store, create=True, trust=trust)
     except StoreError:
         raise
     except KvistError as error:  # what is wrong is the server's configuration or store, never the request
         raise StoreError(f"the store {url} cannot be opened: {error}", hint=error.hint) from error
 
 
-def _parts(repo: Repository, rev: str, here: Description) -> Parts:
-    """A snapshot's manifests, all of which must fit the engine."""
-    cid = repo.resolve(rev)
-    manifests = tuple(repo.manifest(name) for name in repo.snapshot(cid).manifests)
-    layouts = {(layout.tp_rank, layout.group): layout for row in here.layouts for layout in row}
-    of = f"snapshot {cid}"
-    for manifest in manifests:
-        place = manifest.layout.tp_rank, manifest.layout.group
-        layouts.get(place, here.layouts[0][0]).require(manifest.layout, of=of, into="the engine")
-    missing = layouts.keys() - {(manifest.layout.tp_rank, manifest.layout.group) for manifest in manifests}
-    if missing:
-        rank, group = min(missing)
-        raise LayoutMismatch(f"{of} does not fit the engine: it has no pages of rank {rank}, group {group}")
-    parts = Parts(cid, manifests, tuple(parts_of_rank(list(manifests), 0)))
-    for manifest in manifests:
-        if [seq.id for seq in manifest.sequences] != [seq.id for seq in parts.groups[0].sequences]:
-            raise InvalidManifest(f"{of}: its manifests name different sequences")
-    return parts
-
-
-def _verify(repo: Repository, manifests: Iterable[Manifest]) -> None:
-    digests = list(dict.fromkeys(digest for manifest in manifests for digest in manifest.digests))
-    repo.pages.refresh()  # the engine's workers have put most of them, in other processes
-    bad = repo.pages.verify(digests)
-    if bad:
-        raise repo.pages.absent(bad[0])
-
-
-def _payload(repo: Repository, parts: Parts) -> dict[str, Any]:
-    """What the engine core must know of a snapshot to find its pages."""
-    rows: dict[int, list[str]] = {}
-    for manifest, name in zip(parts.manifests, repo.snapshot(parts.cid).manifests, strict=True):
-        rows.setdefault(manifest.layout.tp_rank, []).append(name)
-    return {
-        "cid": parts.cid,
-        "manifests": list(rows.values()),
-        "groups": [{"pages": [[page.ix, page.block] for page in manifest.pages]} for manifest in parts.groups],
-        "sequences": [
-            {
-                "id": seqs[0].id,
-                "token_ids": list(seqs[0].token_ids),
-                "state": seqs[0].state,
-                "groups": [
-                    {"first_page": seq.first_page, "page_ixs": list(seq.page_ixs), "fill": seq.fill_in_last_page}
-                    for seq in seqs
-                ],
-            }
-            for seqs in zip(*(manifest.sequences for manifest in parts.groups), strict=True)
-        ],
-    }
-
-
-def _chosen(manifest: Manifest, sequence_ids: Collection[str]) -> Manifest:
-    sequences = tuple(seq for seq in manifest.sequences if seq.id in sequence_ids)
-    needed = {ix for seq in sequences for ix in seq.page_ixs}
-    return replace(manifest, pages=tuple(page for page in manifest.pages if page.ix in needed), sequences=sequences)
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """What of the numerics is not the same in the snapshot and in the engine; ``null`` where one does not say."""
-    return {
-        name: {"snapshot": there.get(name), "engine": here.get(name)}
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    }
+async def _told(name: str, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` answers, as an operation."""
+    with operation(name) as done:
+        answer = await work
+        done.add(nbytes=answer.get("new_bytes", 0), pages=2 * answer.get("pages_copied", 0))
+        return answer
 
 
 def _common(names: list[str]) -> str:

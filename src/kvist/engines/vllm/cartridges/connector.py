@@ -11,13 +11,13 @@ import os
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
 from kvist.cartridge.config import CartridgeConfig, open_library
 from kvist.cartridge.library import Entry, Library
 from kvist.engines.vllm import arriving, intake, internals
 from kvist.engines.vllm.cartridges.documents import Documents, Prefixes
-from kvist.engines.vllm.cartridges.metrics import InjectionMetrics, InjectionStats, Meter
+from kvist.engines.vllm.cartridges.metrics import InjectionStats
 from kvist.engines.vllm.cartridges.scheduler import CartridgeScheduler
 from kvist.engines.vllm.cartridges.worker import CartridgeWorker
 from kvist.engines.vllm.sides import SidedConnector
@@ -31,6 +31,7 @@ class CartridgeConnector(SidedConnector):
         prefixes: beside the scheduler: what markers of requests stand for.
     """
 
+    STATS = InjectionStats
     scheduler: CartridgeScheduler | None = None
     worker: CartridgeWorker | None = None
     prefixes: Prefixes
@@ -53,7 +54,7 @@ class CartridgeConnector(SidedConnector):
             layouts = internals.layouts(vllm_config, kv_cache_config, rank, is_pinned=False)
             attention = vllm_config.compilation_config.static_forward_context
             self.worker = CartridgeWorker(layouts, self.config, attention, self._configured)
-            self._meter, self._told = Meter(), 0
+            self._told = 0
 
     def shutdown(self) -> None:
         """See the base class."""
@@ -66,23 +67,7 @@ class CartridgeConnector(SidedConnector):
         if self.worker is None or self.worker.arrivals.ended == self._told:
             return None
         self._told = self.worker.arrivals.ended
-        return self._meter.read(self.worker.stats())
-
-    @classmethod
-    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
-        """See the base class."""
-        return InjectionStats(data=data or {})
-
-    @classmethod
-    def build_prom_metrics(
-        cls,
-        vllm_config: Any,
-        metric_types: Any,
-        labelnames: list[str],
-        per_engine_labelvalues: dict[int, list[object]],
-    ) -> KVConnectorPromMetrics | None:
-        """See the base class."""
-        return InjectionMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        return super().get_kv_connector_stats()
 
     def _open_prefixes(self) -> Prefixes:
         """What the engine core itself knows of cartridges.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -19,13 +19,12 @@ from kvist.cartridge.placing import Prefix, PrefixMode, is_placed, parse_mode, s
 from kvist.cartridge.routing import CartridgeRouter, Selection
 from kvist.cartridge.sharding import rank_heads
 from kvist.engines.vllm.cartridges.documents import Documents
+from kvist.engines.vllm.cartridges.fields import PREFIX_KEY, check_fields, wanted_mode
 from kvist.engines.vllm.cartridges.placing import SALT, Asked, Placed, Placement, Served, check_unmarked, salt_of
 from kvist.errors import CartridgeNotReady, InvalidInput, UnknownCartridge
 
 log = logging.getLogger("kvist.vllm")
 
-PREFIX_KEY: Final = "cartridge_prefix"
-"""The field of ``kv_transfer_params`` that overrides the configuration's ``prefix``."""
 _ITEM_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -46,6 +45,7 @@ class Frontend:
         refuses_unknown: bool = True,
         capacity: Callable[[int], int] | None = None,
         verify: bool = True,
+        others: Collection[str] = (),
     ) -> None:
         """Look at what is configured.
 
@@ -57,13 +57,14 @@ class Frontend:
             refuses_unknown: an unknown id is an error; else the request is computed without a cartridge.
             capacity: bytes that each worker keeps cartridges in, given those of the largest that is configured.
             verify: believe token ids that a model may compute from only after the whole cartridge was read.
+            others: fields of requests that other connectors read, beside those that are known.
 
         Raises:
             KvistError: a configured cartridge that no request could use.
         """
         self.library = library
         self._router, self._served = router, served
-        self._prefix, self._refuses_unknown = prefix, refuses_unknown
+        self._prefix, self._refuses_unknown, self._others = prefix, refuses_unknown, frozenset(others)
         self._documents = Documents(vocabulary=served.vocabulary, verify=verify and served.recomputes)
         configured = [library.get(cartridge_id) for cartridge_id in library.configured_ids]
         largest = max((self._nbytes(entry.manifest) for entry in configured), default=0)
@@ -96,6 +97,7 @@ class Frontend:
                 refuses_unknown=config.unknown == "refuse",
                 capacity=config.capacity,
                 verify=config.verify,
+                others=config.other_params,
             )
         except BaseException:
             library.close()
@@ -105,18 +107,21 @@ class Frontend:
         """The cartridge that a request uses, by what it says besides its prompt; ``None``: none.
 
         Raises:
-            InvalidInput: it says what only kvist may, or what has the wrong type.
+            InvalidInput: it says what only kvist may, what nobody reads, or what has the wrong type.
             UnknownCartridge: there is none of that id.
             LayoutMismatch: it is for another model.
             CartridgeNotReady: it is being opened, or looked for.
         """
         params = (extra_args or {}).get("kv_transfer_params")
         check_unmarked(params)
+        check_fields(extra_args, self._router.keys, self._others)
         if self._served.waits:
             self.library.refresh()
         try:
             cartridge_id = self._router.choose(Selection(params, extra_args))
             if cartridge_id is None:
+                if wanted_mode(extra_args) is not None:
+                    raise InvalidInput(f"{PREFIX_KEY}: goes with a cartridge, and the request uses none")
                 return None
             return self.library.get(cartridge_id) if self._served.waits else self.library.ready(cartridge_id)
         except UnknownCartridge as error:
@@ -225,7 +230,7 @@ class Frontend:
         return room if asked.max_tokens is None else min(asked.max_tokens, room)
 
     def _mode(self, extra_args: Mapping[str, Any] | None) -> PrefixMode:
-        wanted = Selection((extra_args or {}).get("kv_transfer_params"), extra_args).value(PREFIX_KEY)
+        wanted = wanted_mode(extra_args)
         return self._prefix if wanted is None else parse_mode(wanted)
 
     def _document(self, entry: Entry) -> tuple[int, ...] | None:

@@ -19,7 +19,6 @@ from kvist.engines.vllm.cartridges.placing import KEY, Standing
 from kvist.engines.vllm.internals import Blocks
 from kvist.engines.vllm.matching import blocks_of, window_of
 from kvist.engines.vllm.messages import Load, Place, StepReport
-from kvist.errors import UnsupportedModel
 from kvist.layout import Layout
 
 log = logging.getLogger("kvist.vllm")
@@ -61,11 +60,7 @@ class CartridgeScheduler:
         Raises:
             UnsupportedModel: blocks are hashed in other sizes than they are kept.
         """
-        if pool.hash_block_size != self._size:
-            raise UnsupportedModel(
-                f"expected blocks of {self._size} tokens to be hashed whole, got hashes of {pool.hash_block_size}"
-            )
-        self._blocks = Blocks(pool)
+        self._blocks = Blocks(pool, self._size)
 
     def bind(self, manager: Any) -> None:
         """Nothing is asked of the cache manager."""
