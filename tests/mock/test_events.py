@@ -67,7 +67,7 @@ def test_kvists_index_and_dynamos_service_know_what_the_pools_hold(mocks: list[M
         for number, mock in enumerate(mocks)
     ]
     with ExitStack() as stack:
-        subscriber = stack.enter_context(Subscriber(Index()))
+        subscriber = stack.enter_context(Subscriber(Index(), replay_timeout_s=60))
         for number, mock in enumerate(mocks):
             endpoints = mock.about["kv_events_endpoint"], mock.about["kv_replay_endpoint"]
             subscriber.follow(number, *endpoints, block_size=SIZE)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,23 @@ def test_what_cannot_be_is_refused_before_it_listens(options: list[str], says: s
     assert done.out == ""
 
 
+def free_row(count: int) -> int:
+    """The first of so many ports in a row on which nobody listens, below those that a system gives out by itself."""
+    for first in range(20_000, 32_000, count):
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(bind("127.0.0.1", port))
+            except InvalidInput:
+                continue
+            return first
+    raise AssertionError(f"no {count} free ports in a row")
+
+
 def test_ports_in_a_row() -> None:
     from kvist.server.mock import Ports
 
-    first = free_port() // 10 * 10 % 20_000 + 20_000
+    first = free_row(9)
     ports = Ports(http=first, events=first + 3, replay=first + 6)
     with mocking(3, ports=ports) as mocks:
         assert [mock.about for mock in mocks] == [

@@ -58,7 +58,7 @@ def test_the_service_sees_what_the_workers_hold(dynamo: Dynamo, seed: int, moves
         publishers = {
             worker: stack.enter_context(Lossy(block_size=BLOCK_SIZE, dp_rank=rank)) for worker, rank, _ in POOLS
         }
-        subscriber = stack.enter_context(Subscriber(Index()))
+        subscriber = stack.enter_context(Subscriber(Index(), replay_timeout_s=60))
         for worker, rank, _ in POOLS:
             where = publishers[worker].endpoint, publishers[worker].replay_endpoint
             subscriber.follow(worker, *where, dp_rank=rank)

@@ -20,7 +20,7 @@ from kvist.errors import Conflict, EngineError
 from kvist.hashing import local_block_hashes
 from kvist.router.feed import FeedState
 from kvist.router.index import Index
-from kvist.router.publish import Publisher
+from kvist.router.publish import END, Publisher
 from kvist.router.subscribe import Subscriber
 from router.waiting import until
 
@@ -103,6 +103,26 @@ def test_nonsense_does_not_keep_a_replay_open() -> None:
 
         until(gives_up)
         assert subscriber.stats(1).malformed > 1
+
+
+def test_an_answer_that_came_while_the_index_was_read_is_taken() -> None:
+    with (
+        zmq.Context() as context,
+        context.socket(zmq.ROUTER) as router,
+        Publisher(block_size=SIZE) as publisher,
+        Subscriber(Index(), replay_timeout_s=0.3, check_interval_s=None) as subscriber,
+    ):
+        router.bind("tcp://127.0.0.1:*")
+        router.setsockopt(zmq.RCVTIMEO, 10_000)
+        router.setsockopt(zmq.LINGER, 0)
+        subscriber.follow(1, publisher.endpoint, router.getsockopt_string(zmq.LAST_ENDPOINT))
+        peer, _, _ = router.recv_multipart()
+        with subscriber.reading():
+            time.sleep(0.6)  # the thread has seen that nothing came in time, and waits for us
+            router.send_multipart([peer, b"", END, b""])
+            time.sleep(0.1)
+        until(lambda: subscriber.stats(1).state is FeedState.CURRENT)
+        assert subscriber.stats(1).unanswered == 0
 
 
 def test_an_index_that_is_read_is_not_waited_for() -> None:

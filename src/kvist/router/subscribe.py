@@ -339,7 +339,7 @@ class _Stream:
     ) -> None:
         """Deal with what came, or with the silence."""
         if self._dealer is not None:
-            if self._dealer in ready and self._read_replay(self._dealer):
+            if self._read_replay(self._dealer):  # whether ready or not: an answer may have come since, as one waited
                 self._heard = now
             elif now - self._heard >= replay_timeout:
                 self._end_replay(answered=False)

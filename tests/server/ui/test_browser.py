@@ -227,7 +227,7 @@ def test_keyboard_order(store: Path, serve: Serve, visit: Callable[..., Visit]) 
         page.goto(url + "/")
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
-        assert page.url.endswith("#content")
+        page.wait_for_url(url + "/#content")
 
 
 def with_engine(engine: Engine, repo: Repository, serve: Serve) -> str:
