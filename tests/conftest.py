@@ -13,7 +13,7 @@ from hypothesis import settings
 from kvist.testing import objects
 from kvist.testing.objects import ObjectServer
 
-pytest.register_assert_rewrite("kvist.testing.repo", "kvist.testing.repo_model")
+pytest.register_assert_rewrite("kvist.testing.repo", "kvist.testing.repo_model", "kvist.testing.scenario")
 settings.register_profile("kvist", deadline=None)
 settings.load_profile("kvist")
 

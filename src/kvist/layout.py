@@ -22,6 +22,10 @@ OPTIONAL: Final = {"attention": "full", "group": 0, "n_groups": 1}
 """Fields added to the format later, each with its default. Where one has its default it is not written, neither into a
 manifest nor into the fingerprint, so layouts without it keep the names that they had."""
 
+REPAGED: Final = frozenset({"page_size_tokens", "n_heads", "memory_order", "tp_rank", "tp_size"})
+"""Fields that say how keys and values lie in pages, and not which they are: of full attention, pages of layouts that
+differ in these only can be converted."""
+
 _LEAST: Final = {"page_size_tokens": 1, "n_layers": 0, "n_heads": 0, "head_dim": 0, "tp_size": 1, "n_groups": 1}
 _PRIVATE_ORDER: Final = re.compile(r"vllm-[a-z0-9.-]+")
 _SLIDING: Final = re.compile(r"sliding:([1-9][0-9]{0,9})")
@@ -143,15 +147,23 @@ class Layout:
             into: what this layout belongs to (``"the engine"``).
 
         Raises:
-            LayoutMismatch: naming every field that differs, both values side by side.
+            LayoutMismatch: naming every field that differs, both values side by side; where the pages may be
+                converted, the hint names the command.
         """
-        differences = [
-            f"{field.name} {getattr(other, field.name)!r} there, {getattr(self, field.name)!r} here"
-            for field in dataclasses.fields(self)
-            if getattr(other, field.name) != getattr(self, field.name)
-        ]
-        if differences:
-            raise LayoutMismatch(f"{of} does not fit {into}: {'; '.join(differences)}")
+        differences = self.differences(other)
+        if not differences:
+            return
+        told = [f"{name} {there!r} there, {here!r} here" for name, (there, here) in differences.items()]
+        hint = "kvist convert REV --to-layout FILE, with what the engine answers to GET /v1/processfork/layout"
+        is_repaged = differences.keys() <= REPAGED and self.attention == "full" and self.n_groups == 1
+        raise LayoutMismatch(f"{of} does not fit {into}: {'; '.join(told)}", hint=hint if is_repaged else None)
+
+    def differences(self, other: Self) -> dict[str, tuple[Any, Any]]:
+        """The fields in which ``other`` is not equal to this layout, in order: its value, and the value here."""
+        found = {
+            field.name: (getattr(other, field.name), getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
+        return {name: values for name, values in found.items() if values[0] != values[1]}
 
 
 def _matches(pattern: re.Pattern[str], value: object) -> bool:

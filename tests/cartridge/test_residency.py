@@ -13,7 +13,6 @@ from torch import Tensor
 from kvist.cartridge.cartridge import Cartridge
 from kvist.cartridge.residency import Residency
 from kvist.cartridge.room import ResidencyMetrics
-from kvist.cartridge.sharding import rank_heads
 from kvist.errors import (
     CartridgeTooLarge,
     DamagedCartridge,
@@ -23,6 +22,7 @@ from kvist.errors import (
     ResidencyFull,
     UnknownCartridge,
 )
+from kvist.pager.sharding import rank_heads
 
 from .making import make_cartridge
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from kvist.cartridge.cartridge import Cartridge
 from kvist.cartridge.model import ModelIdentity
 from kvist.cartridge.placing import VIRTUAL
-from kvist.cartridge.sharding import rank_heads
 from kvist.cartridge.shards import tensor_bytes
 from kvist.cartridge.snapshots import STATE, from_repository, to_repository
 from kvist.errors import (
@@ -29,6 +28,7 @@ from kvist.errors import (
     UnsupportedModel,
 )
 from kvist.layout import Layout
+from kvist.pager.sharding import rank_heads
 from kvist.repo import LogicalSeq, Manifest, PageEntry, RefKind, Repository
 from kvist.repo import fsck as checking
 from kvist.store import MemoryStore

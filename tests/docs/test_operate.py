@@ -29,10 +29,9 @@ from kvist.repo.signing import signers
 from kvist.store import open_store
 from kvist.testing.models import make_shape
 from kvist.testing.objects import ObjectServer
-from kvist.testing.processes import kill_tree
+from kvist.testing.processes import free_port, kill_tree
 from kvist.testing.repo_model import content, manifest_of
 from kvist.testing.vllm import OFFLINE
-from kvist.testing.worker import free_port
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "guides" / "operate.md").read_text()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kvist.engines.lmcache.chunks import Chunks
+from kvist.engines.paged.chunks import Chunks
 from kvist.repo.repository import Repository
 
 HAS_LMCACHE = any(importlib.metadata.distributions(name="lmcache"))

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from no_lmcache import LAYOUT
 
 from kvist.blocks.policy import Lru, Policy
-from kvist.engines.lmcache.chunks import Chunks
-from kvist.engines.lmcache.pins import Pinning, Pins
+from kvist.engines.paged.chunks import Chunks
+from kvist.engines.paged.pins import Pinning, Pins
 from kvist.errors import InvalidInput, PoolExhausted
 from kvist.repo.gc import apply, plan
 from kvist.repo.repository import Repository

@@ -18,7 +18,7 @@ from cli.conftest import run
 from kvist.errors import Conflict, InvalidInput
 from kvist.server import bind, url_of
 from kvist.testing.models import make_tokenizer
-from kvist.testing.worker import free_port
+from kvist.testing.processes import free_port
 
 from .conftest import Mock, mocking
 

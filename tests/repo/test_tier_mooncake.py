@@ -9,8 +9,8 @@ from kvist.repo.tier import PageTier, open_tier
 from kvist.repo.tier.base import Clock
 from kvist.repo.tier.mooncake import MooncakeTier
 from kvist.testing.page_tier import PageTierTests, name_of, page, read
+from kvist.testing.processes import free_port
 from kvist.testing.tier_servers import mooncake_master
-from kvist.testing.worker import free_port
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from kvist.repo.tier.base import FIRST_PAUSE_S, Clock
 from kvist.repo.tier.redis import RedisTier
 from kvist.store import MemoryStore
 from kvist.testing.page_tier import ManualClock, PageTierTests, name_of, page, read, read_pages
+from kvist.testing.processes import free_port
 from kvist.testing.tier_servers import REDIS, redis_server
-from kvist.testing.worker import free_port
 
 pytestmark = pytest.mark.skipif(REDIS is None, reason="needs redis-server or valkey-server")
 

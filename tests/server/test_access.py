@@ -30,7 +30,7 @@ from kvist.server.tenants import TenantApps
 from kvist.server.tokens import Scope, Tokens, add_token
 from kvist.server.ui.app import create_ui
 from kvist.server.vllm import endpoint_plugin
-from kvist.server.vllm.gate import rule_of
+from kvist.server.vllm.dialect import VLLM
 from kvist.store import MemoryStore
 
 CALLERS = {
@@ -128,7 +128,7 @@ def test_every_route_by_every_scope(
     surface: str, surfaces: dict[str, Any], tokens: tuple[Tokens, dict[str, str]]
 ) -> None:
     app, (file, texts) = surfaces[surface], tokens
-    rules: Callable[[str, str], Any] = {"vllm": rule_of, "mock": mock_rule_of}.get(surface, find_rule)
+    rules: Callable[[str, str], Any] = {"vllm": VLLM.rule_of, "mock": mock_rule_of}.get(surface, find_rule)
     found = sorted(set(routes_of(app)))
     assert len(found) > 3
     if surface != "vllm":
@@ -176,8 +176,8 @@ def test_what_a_scope_lets_one_do() -> None:
         "/ui/login", "/ui/logout", "/ui/theme", "/tokenize", "/detokenize", "/mock/held",
     }  # fmt: skip
     for method, path in [("POST", "/sleep"), ("GET", "/x"), ("POST", "/ping"), ("PUT", "/v1/models/x")]:
-        assert rule_of(method, path).scope is Scope.ADMIN  # of vLLM's, what we do not know
-    assert rule_of("PUT", "/v1/processfork/snapshot").scope is Scope.READ  # ours says 405
+        assert VLLM.rule_of(method, path).scope is Scope.ADMIN  # of vLLM's, what we do not know
+    assert VLLM.rule_of("PUT", "/v1/processfork/snapshot").scope is Scope.READ  # ours says 405
 
 
 def test_a_route_that_nobody_declared_is_answered_to_nobody(tokens: tuple[Tokens, dict[str, str]]) -> None:

@@ -94,6 +94,16 @@ def test_logprobs(api: Api) -> None:
     for name, offset in zip(logprobs["tokens"], offsets, strict=True):
         if not name.startswith(("bytes:", "token_id:")):
             assert name in choice["text"][offset:]
+    by_id = api.complete(PROMPT, max_tokens=12, temperature=0, logprobs=3, return_tokens_as_token_ids=True)
+    by_id = by_id["choices"][0]["logprobs"]
+    assert by_id["tokens"] == [f"token_id:{token}" for token in choice["token_ids"]]
+    assert by_id["token_logprobs"] == logprobs["token_logprobs"]
+    assert all(
+        len(top) == len(named) for top, named in zip(by_id["top_logprobs"], logprobs["top_logprobs"], strict=True)
+    )
+    chat = {"prompt": [{"role": "user", "content": "hi"}], "max_tokens": 2, "logprobs": True, "top_logprobs": 2}
+    told = api.complete(chat=True, return_tokens_as_token_ids=True, **chat)["choices"][0]
+    assert [entry["token"] for entry in told["logprobs"]["content"]] == [f"token_id:{n}" for n in told["token_ids"]]
     sampled = api.complete(PROMPT, max_tokens=3, logprobs=0, seed=1)["choices"][0]["logprobs"]
     assert [len(top) for top in sampled["top_logprobs"]] == [1, 1, 1]
 

@@ -137,6 +137,49 @@ def test_which_sequence_must_be_said(own: Api) -> None:
     assert [seq["id"] for seq in one["sequences"]] == [names[0]]
 
 
+def test_what_was_moved_is_counted(own: Api, load: Callable[..., Engine], model_dir: Path) -> None:
+    answer = own.complete(PROMPT, max_tokens=4)
+    taken = own.fork("snapshot", request_id=answer["id"], name="kept")
+    half = own.engine.layout.page_bytes
+    stats = own.get("/v1/processfork/stats")
+    assert (stats["pages_captured"], stats["bytes_captured"]) == (taken["pages"], 2 * half * taken["pages"])
+    assert (stats["loads"], stats["pages_read"], stats["pages_loaded"]) == (0, 0, 0)
+    with load(pages=64) as other, serving(other, own.repo, model_dir) as api:
+        api.fork("checkout", cid="kept", preload=True, verify=False)
+        api.fork("checkout", cid="kept")
+        stats = api.get("/v1/processfork/stats")
+        assert (stats["loads"], stats["loads_failed"]) == (1, 0)
+        assert stats["pages_read"] == stats["pages_loaded"] == taken["pages"]
+        assert stats["bytes_loaded"] == 2 * half * taken["pages"]
+        assert stats["load_seconds"] > 0
+
+
+def test_a_checkout_says_what_cannot_go_on_exactly(own: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = own.complete(PROMPT, max_tokens=2)
+    cid = own.fork("snapshot", request_id=answer["id"])["cid"]
+    done = own.fork("checkout", cid=cid)
+    assert (done["bit_exact"], done["differences"], done["not_carried"]) == (True, {}, {})
+    numerics = own.engine.numerics()
+    monkeypatch.setattr(own.engine, "numerics", lambda: numerics | {"threads": 99})
+    done = own.fork("checkout", cid=cid)
+    assert done["bit_exact"] is False
+    assert done["differences"] == {"threads": {"snapshot": numerics["threads"], "engine": 99}}
+
+
+def test_a_store_that_is_gone(own: Api, tmp_path: Path) -> None:
+    cid = own.fork("snapshot", request_id=own.complete(PROMPT, max_tokens=2)["id"])["cid"]
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    for path, body in (
+        ("/v1/processfork/checkout", {"cid": cid}),
+        ("/v1/processfork/fork", {"cid": cid}),
+        ("/v1/completions", {"kv_transfer_params": {"snapshot": cid}}),
+    ):
+        assert "is the disk mounted?" in error_of(own.post(path, body), 503, "store")["message"]
+    for path in ("snapshots", "lineage", f"snapshots/{cid}"):
+        error_of(own.http.get(f"/v1/processfork/{path}"), 503, "store")
+    error_of(own.http.get("/v1/models/other"), 404, "not_found")
+
+
 def test_chats_continue_too(own: Api) -> None:
     messages = [{"role": "user", "content": "hello"}]
     start = own.complete(messages, chat=True, max_tokens=4, temperature=0)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from replaying import GREEDY, SNAPSHOT, prompt
 
 from kvist.cartridge.cartridge import Cartridge
 from kvist.cartridge.model import ModelIdentity
@@ -16,6 +15,7 @@ from kvist.cartridge.snapshots import from_repository
 from kvist.hashing.weights import revision
 from kvist.repo import Repository
 from kvist.testing.answers import Completion, Step
+from kvist.testing.scenario.requests import GREEDY, SNAPSHOT, prompt
 from kvist.testing.vllm import VllmServer
 
 CARTRIDGES = "/v1/kvist/cartridges"

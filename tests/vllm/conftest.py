@@ -20,7 +20,7 @@ import pytest
 from kvist.testing.models import make_shape
 from kvist.testing.vllm import VllmServer, run_in_process
 
-pytest.register_assert_rewrite("replaying")
+pytest.register_assert_rewrite("kvist.testing.scenario")
 
 PYTHON = os.environ.get("KVIST_VLLM_PYTHON", sys.executable)
 _HERE = Path(__file__).parent
@@ -39,6 +39,17 @@ def vllm_version() -> tuple[int, int] | None:
     )
     found = subprocess.run([PYTHON, "-c", look], capture_output=True, text=True, check=True).stdout.strip()
     return (int(found.split(".")[0]), int(found.split(".")[1])) if found else None
+
+
+def watched(server: VllmServer) -> VllmServer:
+    """The server, once it answers; a test that fails shows what it printed last."""
+    _servers.append(server)
+    return server.wait()
+
+
+def say(line: str) -> None:
+    """Say a line at the end of the session."""
+    _notes.append(line)
 
 
 def hash_seed() -> dict[str, str]:
@@ -78,8 +89,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def note() -> Callable[[str], None]:
-    """Says a line at the end of the session."""
-    return _notes.append
+    """See `say`."""
+    return say
 
 
 @pytest.fixture(scope="session")
@@ -104,9 +115,7 @@ def start() -> Iterator[Callable[..., VllmServer]]:
         env = hash_seed() | settings.pop("env", {})
         if "--max-model-len" not in options:
             options = ("--max-model-len", "4096", *options)
-        server = VllmServer(model, store, *options, python=PYTHON, env=env, **settings)
-        _servers.append(server)
-        return server.wait()
+        return watched(VllmServer(model, store, *options, python=PYTHON, env=env, **settings))
 
     yield start
     for server in _servers:

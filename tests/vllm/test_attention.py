@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from replaying import Past, assert_same, cases, check_out, error_of, go_on, interrupt, manifests_of
 
+from kvist.testing.scenario.requests import Past, assert_same, cases, check_out, error_of, go_on, interrupt
+from kvist.testing.scenario.store import manifests_of
 from kvist.testing.vllm import VllmServer
 
 # A latent cache has blocks of 16 on the CPU (vllm 0.32).
@@ -73,7 +74,7 @@ def test_what_is_stored(shape: str, history: tuple[str, dict[str, Past]], fresh:
 
 
 def test_another_model_is_refused(history: tuple[str, dict[str, Past]], fresh: VllmServer, shape: str) -> None:
-    from replaying import altered
+    from kvist.testing.scenario.store import altered
 
     cid = altered(history[0], history[1]["greedy-33"].cid, model="org/another", revision="r9")
     message = error_of(fresh.http.post("/v1/processfork/checkout", json={"cid": cid}), 409, "layout_mismatch")

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from replaying import (
+
+from kvist.testing.answers import Completion
+from kvist.testing.scenario.requests import (
     CHECKOUT,
     FORK,
     GREEDY,
@@ -28,13 +30,11 @@ from replaying import (
     cases,
     check_out,
     error_of,
-    flip_a_bit,
     go_on,
     interrupt,
     prompt,
 )
-
-from kvist.testing.answers import Completion
+from kvist.testing.scenario.store import flip_a_bit
 from kvist.testing.vllm import VllmServer
 
 CASES = cases((1, 31, 32, 33, 500, 1900), seed=50)

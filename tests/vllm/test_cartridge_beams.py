@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from cartridging import connector
 from injecting import BEGIN, document, prefilled
-from replaying import error_of
 
+from kvist.testing.scenario.requests import error_of
 from kvist.testing.vllm import VllmServer
 
 DOCUMENT = document(77, 1)

@@ -9,7 +9,7 @@ WRITE_AND_READ = """
 import torch
 import vllm._custom_ops as ops
 from kvist.cartridge.snapshots import from_repository
-from kvist.engines.vllm.pages import GroupPages
+from kvist.engines.vllm.pages import pages_of
 from kvist.layout import Layout
 from kvist.repo import LogicalSeq, Manifest, PageEntry, Repository
 from kvist.store import MemoryStore
@@ -27,7 +27,7 @@ def is_same(isa, size, name, tokens):
     for cache, key, value in zip(caches, k, v):
         parts = cache.view(blocks, heads, 2 * size, dim).chunk(2, dim=2)  # as its backend does
         ops.cpu_attn_reshape_and_cache(key, value, *parts, slots, isa)
-    pages = GroupPages(layout, caches, blocks)
+    pages = pages_of(layout, caches, blocks)
     rows = torch.zeros(len(table), pages.page_bytes, dtype=torch.uint8)
     pages.read(table.tolist(), rows, list(range(len(table)))).wait()
     with Repository.init(MemoryStore()) as repo:

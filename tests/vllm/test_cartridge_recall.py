@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from cartridging import connector, named
-from replaying import at_once
 
 from kvist.testing.recall import FORMS, Document, draw_document
+from kvist.testing.scenario.requests import at_once
 from kvist.testing.vllm import VllmServer
 
 pytest.importorskip("torch")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from cartridging import ask, named
-from replaying import at_once, error_of
 
+from kvist.testing.scenario.requests import at_once, error_of
 from kvist.testing.vllm import VllmServer
 
 torch = pytest.importorskip("torch")

@@ -30,9 +30,9 @@ from cartridging import (
     questions,
     without_ids,
 )
-from replaying import GREEDY, at_once, error_of, prompt
 
 from kvist.testing.answers import Completion
+from kvist.testing.scenario.requests import GREEDY, at_once, error_of, prompt
 from kvist.testing.vllm import VllmServer
 
 LENGTHS = {"aligned": 3 * BLOCK, "long": 10 * BLOCK, "tail": 5 * BLOCK + 13}

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from replaying import (
+
+from kvist.testing.scenario.requests import (
     CHECKOUT,
     GREEDY,
     MORE,
@@ -22,7 +23,6 @@ from replaying import (
     interrupt,
     prompt,
 )
-
 from kvist.testing.vllm import VllmServer
 
 LONG = Case("long", prompt(3000, seed=70), GREEDY)

@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from replaying import (
+
+from kvist.testing.scenario.requests import (
     CHECKOUT,
     FORK,
     GREEDY,
@@ -18,16 +19,14 @@ from replaying import (
     SNAPSHOTS,
     Case,
     Past,
-    altered,
     assert_same,
     check_out,
     error_of,
     go_on,
     interrupt,
     prompt,
-    root_of,
 )
-
+from kvist.testing.scenario.store import altered, root_of
 from kvist.testing.vllm import VllmServer
 
 KEY = "sesame"

@@ -14,7 +14,6 @@ import pytest
 pytest.importorskip("zmq", reason="ZeroMQ is not installed: pip install 'kvist[router]'")
 
 import zmq
-from replaying import GREEDY, prompt
 
 from kvist.blocks.events import Cleared, Event, Removed, Stored, Tier
 from kvist.hashing import local_block_hashes
@@ -22,6 +21,7 @@ from kvist.router.feed import FeedState, FeedStats
 from kvist.router.index import Index
 from kvist.router.subscribe import Subscriber
 from kvist.router.wire import Batch, BlockEvent, from_event, vllm
+from kvist.testing.scenario.requests import GREEDY, prompt
 from kvist.testing.vllm import VllmServer
 
 BLOCK = 32

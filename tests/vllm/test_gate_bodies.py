@@ -20,8 +20,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from kvist.engines.vllm.cartridges.placing import salt_of
 from kvist.engines.vllm.connector import _options
-from kvist.engines.vllm.matching import Stored
-from kvist.engines.vllm.requests import digest
+from kvist.engines.paged.matching import Stored
+from kvist.engines.paged.requests import digest
 from kvist.engines.vllm.scheduler import SchedulerSide
 from kvist.errors import InvalidInput
 from kvist.layout import Layout

@@ -14,9 +14,8 @@ from pathlib import Path
 import httpx2
 
 from conftest import PYTHON, hash_seed
-from kvist.testing.processes import kill_tree
+from kvist.testing.processes import free_port, kill_tree
 from kvist.testing.vllm import OFFLINE
-from kvist.testing.worker import free_port
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "vllm.md").read_text()
 # The CPU build's own `vllm` command cannot find its version; this is what it would start.

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from replaying import GREEDY, prompt
 
+from kvist.testing.scenario.requests import GREEDY, prompt
 from kvist.testing.vllm import VllmServer
 
 _WRITE_THROUGH = {"mode": "write_through"}

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replaying import (
+
+from kvist.testing.answers import Completion
+from kvist.testing.scenario.requests import (
     CHECKOUT,
     GREEDY,
     SEEDED,
@@ -21,11 +23,9 @@ from replaying import (
     assert_same,
     at_once,
     kept,
-    manifests_of,
     prompt,
 )
-
-from kvist.testing.answers import Completion
+from kvist.testing.scenario.store import manifests_of
 from kvist.testing.vllm import VllmServer
 
 ANSWER = 20

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from replaying import GREEDY, SEEDED, SNAPSHOTS, Case, assert_same, check_out, go_on, interrupt, prompt
-
+from kvist.testing.scenario.requests import (
+    GREEDY,
+    SEEDED,
+    SNAPSHOTS,
+    Case,
+    assert_same,
+    check_out,
+    go_on,
+    interrupt,
+    prompt,
+)
 from kvist.testing.vllm import VllmServer
 
 CASES = [Case("ranks-seeded", prompt(100, seed=31), SEEDED), Case("ranks-greedy", prompt(33, seed=32), GREEDY)]

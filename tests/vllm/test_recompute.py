@@ -7,8 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from replaying import GREEDY, MORE, Case, assert_same, baseline, check_out, go_on, interrupt, prompt, root_of
 
+from kvist.testing.scenario.requests import (
+    GREEDY,
+    MORE,
+    Case,
+    assert_same,
+    baseline,
+    check_out,
+    go_on,
+    interrupt,
+    prompt,
+)
+from kvist.testing.scenario.store import root_of
 from kvist.testing.vllm import VllmServer
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from replaying import (
+
+from kvist.testing.answers import Completion, Step
+from kvist.testing.scenario.requests import (
     CHECKOUT,
     FIRST,
     GREEDY,
@@ -28,14 +30,11 @@ from replaying import (
     check_out,
     finish,
     first_difference,
-    flip_a_bit,
     go_on,
     interrupt,
-    manifests_of,
     prompt,
 )
-
-from kvist.testing.answers import Completion, Step
+from kvist.testing.scenario.store import flip_a_bit, manifests_of
 from kvist.testing.vllm import VllmServer
 
 LENGTHS = (1, 31, 32, 33, 500, 1900)

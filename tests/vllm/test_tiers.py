@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from replaying import GREEDY, SNAPSHOT, STATS, prompt
 
 from kvist.errors import EngineError
 from kvist.repo import Repository
+from kvist.testing.scenario.requests import GREEDY, SNAPSHOT, STATS, prompt
 from kvist.testing.tier_servers import REDIS, redis_server
 from kvist.testing.vllm import VllmServer
 

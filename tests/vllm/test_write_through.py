@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from replaying import GREEDY, STATS, prompt, root_of
 
 from kvist.repo import Repository, gc
+from kvist.testing.scenario.requests import GREEDY, STATS, prompt
+from kvist.testing.scenario.store import root_of
 from kvist.testing.vllm import VllmServer
 
 WRITE_THROUGH = {"mode": "write_through"}

@@ -21,11 +21,12 @@ from kvist.cartridge.manifest import CartridgeManifest
 from kvist.cartridge.model import LAYOUT_DTYPES, ModelIdentity, revision_like
 from kvist.cartridge.placing import VIRTUAL
 from kvist.cartridge.reading import verify_content
-from kvist.cartridge.sharding import rank_heads
 from kvist.cartridge.shards import named_tensors, tensor_bytes
 from kvist.errors import InvalidInput, LayoutMismatch, NotFound, UnsupportedModel
 from kvist.ids import check_name, short
 from kvist.layout import Layout
+from kvist.pager.orders import AXES, axes_of, shape_of
+from kvist.pager.sharding import rank_heads
 from kvist.repo import LogicalSeq, Manifest, PageEntry, RefKind, Repository, Snapshot
 
 SEQUENCE: Final = "cartridge"
@@ -39,13 +40,6 @@ BRANCHES: Final = "cartridge/"
 
 _DTYPES: Final = {ours: name for name, ours in LAYOUT_DTYPES.items()}
 _WINDOW: Final = 256 << 20
-# Axes of one half of a page, K and V, by memory order. vLLM's CPU kernels keep K transposed (as of 0.32).
-_AXES: Final = {
-    "LNHD": ("LNHD", "LNHD"),
-    "LHND": ("LHND", "LHND"),
-    "vllm-cpu-vec": ("LHDN", "LHND"),
-    "vllm-cpu-vec16": ("LHDN", "LHND"),
-}
 
 
 def to_repository(cartridge: Cartridge, repo: Repository, *, name: str, page_size_tokens: int = 16) -> Snapshot:
@@ -211,11 +205,7 @@ def _check_layouts(ranks: Sequence[Manifest], rev: str) -> None:
             raise UnsupportedModel(f"{rev} holds {layout.attention} attention, a cartridge only full attention")
         if layout.n_groups != 1:
             raise UnsupportedModel(f"{rev} holds layers in {layout.n_groups} groups, a cartridge all layers in one")
-        if layout.memory_order not in _AXES:
-            raise UnsupportedModel(
-                f"{rev} holds pages in the order {layout.memory_order}, which only their engine can read; "
-                f"expected one of {', '.join(_AXES)}"
-            )
+        axes_of(layout, rev)
         if layout.dtype not in _DTYPES:
             raise UnsupportedModel(f"{rev} holds {layout.dtype} pages, a cartridge one of {', '.join(_DTYPES)}")
     if not layouts:
@@ -284,7 +274,7 @@ def _decoded(
         place = whole[:, :, :, mine.start : mine.stop]
         for start, pages in _pages(repo, rank, seq, tokens):
             end = min(tokens, start + pages.shape[0] * layout.page_size_tokens)
-            for half, axes in enumerate(_AXES[layout.memory_order]):
+            for half, axes in enumerate(AXES[layout.memory_order]):
                 rows = _in_order(pages[:, half], axes, layout, dtype)
                 place[half, :, start:end] = rows[:, : end - start]
     return whole[0], whole[1]
@@ -307,10 +297,9 @@ def _pages(repo: Repository, rank: Manifest, seq: LogicalSeq, tokens: int) -> It
 
 def _in_order(halves: Tensor, axes: str, layout: Layout, dtype: torch.dtype) -> Tensor:
     """One half of some pages, ``[pages, page_bytes]``, as ``[layers, tokens, heads, head_dim]``."""
-    sizes = {"L": layout.n_layers, "N": layout.page_size_tokens, "H": layout.n_heads, "D": layout.head_dim}
-    half = halves.contiguous().view(dtype).view(halves.shape[0], *(sizes[axis] for axis in axes))
+    half = halves.contiguous().view(dtype).view(halves.shape[0], *shape_of(layout, axes))
     layers = half.permute(1 + axes.index("L"), 0, *(1 + axes.index(axis) for axis in "NHD"))
-    return layers.reshape(sizes["L"], -1, sizes["H"], sizes["D"])
+    return layers.reshape(layout.n_layers, -1, layout.n_heads, layout.head_dim)
 
 
 def _stored(layers: Sequence[tuple[Tensor, Tensor]], document: Mapping[str, Any], seq: LogicalSeq) -> Cartridge:

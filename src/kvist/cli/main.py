@@ -56,6 +56,7 @@ SECTIONS: Final[dict[str, dict[str, Lazy]]] = {
         "fork": Lazy("kvist.cli.names:fork", "Make branches that continue a snapshot; copies nothing."),
         "branch": Lazy("kvist.cli.names:branch", "List, make, move or delete branches."),
         "tag": Lazy("kvist.cli.names:tag", "List, make or delete tags."),
+        "convert": Lazy("kvist.cli.convert:convert", "Make a snapshot whose pages fit another engine."),
     },
     "Transfer": {
         "push": Lazy("kvist.cli.transfer:push", "Send branches and tags to another repository."),

@@ -22,6 +22,7 @@ class Answer(ABC):
         prompts: ids before the first generated one, by choice.
         logprobs: whether to tell log probabilities.
         token_ids: whether to send ids.
+        names_ids: whether log probabilities call a token ``token_id:<id>``, in place of its text.
         logits: whether to send rows of logits.
         echo: text to put before each choice's own, by choice; empty: none.
         transfer: what to tell as ``kv_transfer_params``, in the whole answer or the first chunk; empty: nothing.
@@ -35,6 +36,7 @@ class Answer(ABC):
     prompts: Sequence[Sequence[int]]
     logprobs: bool = False
     token_ids: bool = False
+    names_ids: bool = False
     logits: bool = False
     echo: Sequence[str] = ()
     transfer: Mapping[str, Any] = field(default_factory=dict)
@@ -118,7 +120,7 @@ class CompletionAnswer(Answer):
 
     def _name(self, token: int) -> str:
         """The token's text; one that is no text of its own by its bytes, and one without bytes by its id."""
-        data = self._bytes(token)
+        data = b"" if self.names_ids else self._bytes(token)
         try:
             return data.decode() if data else f"token_id:{token}"
         except UnicodeDecodeError:
@@ -143,4 +145,5 @@ class ChatAnswer(Answer):
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._bytes(token)
-        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+        text = f"token_id:{token}" if self.names_ids else data.decode(errors="replace")
+        return {"token": text, "logprob": logprob, "bytes": list(data)}

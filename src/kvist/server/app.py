@@ -87,6 +87,8 @@ def create_app(
         ("GET", "/v1/processfork/snapshots", snapshots.history.log),
         ("GET", "/v1/processfork/snapshots/{rev:path}", snapshots.history.show),
         ("GET", "/v1/processfork/lineage", snapshots.history.lineage),
+        ("GET", "/v1/processfork/layout", snapshots.layout),
+        ("GET", "/v1/processfork/stats", snapshots.stats),
         ("GET", "/v1/processfork/sequences", snapshots.sequences),
         ("DELETE", "/v1/processfork/sequences/{id:path}", snapshots.drop),
     ]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kvist.errors import MissingPage, NotFound, StoreError
+from kvist.layout import Layout
 from kvist.repo import LogicalSeq, Manifest, RefKind, Repository, Snapshot
+from kvist.repo.config import CONFIG
 from kvist.server.errors import BadRequest
 from kvist.server.schema import ForkBody, read_body
 from kvist.server.wire import json_response
+from kvist.store import Store
 
+_T = TypeVar("_T")
 _LIMIT: Final = 100
 _LIMIT_MAX: Final = 10_000
 
@@ -56,7 +61,7 @@ class History:
 
         def read() -> dict[str, Any]:
             refs = self._refs()
-            found = self._repo.log(rev)
+            found = self._log(rev)
             listed = [_record(snapshot, refs) for snapshot in found[: int(limit)]]
             return {"snapshots": listed, "total": len(found)}
 
@@ -72,8 +77,8 @@ class History:
             first = parts[0]
             return _record(snapshot, self._refs()) | {
                 "manifests": snapshot.manifests,
-                "layout": _layout(first),
-                "layouts": [_layout(part) for part in parts],
+                "layout": layout_record(first.layout),
+                "layouts": [layout_record(part.layout) for part in parts],
                 "numerics": dict(first.numerics),
                 "pages": sum(len(part.pages) for part in parts),
                 "sequences": [sequence_record(seq, first) | {"token_ids": seq.token_ids} for seq in first.sequences],
@@ -86,7 +91,7 @@ class History:
 
         def lineage() -> dict[str, Any]:
             refs = self._refs()
-            found = self._repo.log()
+            found = self._log(None)
             return {
                 "nodes": [_record(snapshot, refs) for snapshot in found],
                 "edges": [{"child": child.cid, "parent": parent} for child in found for parent in child.parents],
@@ -98,11 +103,37 @@ class History:
 
         return json_response(await self._run(lineage))
 
+    def _log(self, rev: str | None) -> list[Snapshot]:
+        """The snapshots, newest first. A store that is lost holds none, and says so."""
+        found = self._repo.log(rev)
+        if not found:
+            require_present(self._repo.store)
+        return found
+
     def _refs(self) -> dict[str, list[tuple[str, str]]]:
         refs: dict[str, list[tuple[str, str]]] = {}
         for ref in self._repo.refs.all():
             refs.setdefault(ref.cid, []).append((RefKind(ref.kind).noun, ref.name))
         return refs
+
+
+def unless_lost(store: Store, work: Callable[[], _T]) -> _T:
+    """What ``work`` gives. A store that is lost looks empty: what then is not found is told as that.
+
+    Raises:
+        StoreError: the store holds no repository any more.
+    """
+    try:
+        return work()
+    except (NotFound, MissingPage):
+        require_present(store)
+        raise
+
+
+def require_present(store: Store) -> None:
+    """Raise `StoreError` unless the store still holds its repository."""
+    if store.head(CONFIG) is None:
+        raise StoreError(f"{store.url} holds its repository no more: is the disk mounted?")
 
 
 def parts_of_rank(manifests: list[Manifest], rank: int) -> list[Manifest]:
@@ -119,9 +150,25 @@ def sequence_record(seq: LogicalSeq, manifest: Manifest) -> dict[str, Any]:
     return record | {"cartridge": seq.state["cartridge"]} if "cartridge" in seq.state else record
 
 
-def _layout(manifest: Manifest) -> dict[str, Any]:
-    fields: dict[str, Any] = msgspec.to_builtins(manifest.layout)
-    return fields | {"fingerprint": manifest.layout.fingerprint}
+def numeric_differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """What of the numerics is not the same in a snapshot and in an engine; ``null`` where one does not say."""
+    return {
+        name: {"snapshot": there.get(name), "engine": here.get(name)}
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    }
+
+
+def not_carried(sequences: Iterable[LogicalSeq]) -> dict[str, Any]:
+    """What of these sequences cannot go on as if it had never stopped, by sequence; as whoever captured them knew."""
+    found = {seq.id: seq.state.get("not_carried") for seq in sequences}
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def layout_record(layout: Layout) -> dict[str, Any]:
+    """A layout as answers show it."""
+    fields: dict[str, Any] = msgspec.to_builtins(layout)
+    return fields | {"fingerprint": layout.fingerprint}
 
 
 def _record(snapshot: Snapshot, refs: dict[str, list[tuple[str, str]]]) -> dict[str, Any]:

@@ -151,6 +151,7 @@ class OpenAI:
             prompts=prompts,
             logprobs=body.logprobs is not None and body.logprobs is not False,
             token_ids=bool(body.return_token_ids),
+            names_ids=bool(body.return_tokens_as_token_ids),
             logits=body.wants_logits,
             transfer={} if plan.cartridge is None else {"cartridge": plan.cartridge.to_dict()},
             echo=[self._echo(body, ids) for ids in prompts] if isinstance(body, CompletionBody) and body.echo else (),

@@ -14,6 +14,7 @@ from kvist.cartridge.placing import Prefix, skips
 from kvist.errors import NotFound
 from kvist.server.errors import BadRequest
 from kvist.server.generation import SEEDS, Start, derived_seed, fresh_seed
+from kvist.server.history import unless_lost
 from kvist.server.offer import Offer
 from kvist.server.prompts import is_text, prompt_field, prompts_of
 from kvist.server.recent import Prompt, Recent
@@ -127,7 +128,8 @@ def _session(served: Served, transfer: Transfer | None) -> Session | None:
     for name in (*transfer.chosen(), *(["cartridge_prefix"] if transfer.cartridge_prefix is not None else [])):
         param = f"kv_transfer_params.{name}"[:200]
         raise BadRequest(f"{param}: a snapshot's sequence keeps the cartridge that it has", param=param)
-    return served.sessions.session(transfer.snapshot, transfer.sequence)
+    rev, sequence_id = transfer.snapshot, transfer.sequence
+    return unless_lost(served.sessions.repo.store, lambda: served.sessions.session(rev, sequence_id))
 
 
 def _start(

@@ -128,6 +128,7 @@ class GenerationBody(Struct, forbid_unknown_fields=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     kv_transfer_params: Transfer | None = None
     kvist: Extensions | None = None
 
@@ -204,15 +205,17 @@ class ForkBody(Struct, forbid_unknown_fields=True):
 
 
 class CheckoutBody(Struct, forbid_unknown_fields=True):
-    """``POST /v1/processfork/checkout``."""
+    """``POST /v1/processfork/checkout``.
+
+    Attributes:
+        cid: any rev.
+        sequences: only these; ``None``: all.
+        preload: bring the pages in now, not when a request needs them. The embedded engine always does.
+        verify: read and check every page now. The embedded engine always does.
+    """
 
     cid: str
     sequences: list[str] | None = None
-
-
-class VllmCheckoutBody(CheckoutBody):
-    """``POST /v1/processfork/checkout`` where the engine is vLLM, which brings pages in when requests need them."""
-
     preload: bool = False
     verify: bool = True
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvist.errors import InvalidInput, NotFound
 from kvist.ids import check_name, short
@@ -25,6 +25,7 @@ from kvist.pager.restore import Restored, restore
 from kvist.repo import LogicalSeq, Manifest, Repository
 from kvist.repo.keeper import Keeper
 from kvist.server.heads import Heads
+from kvist.server.history import numeric_differences
 from kvist.telemetry import operation
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class CheckedOut:
         pages: pages of them.
         restored: what had to be done; ``None``: everything was there already.
         tokens: tokens whose KV is reachable.
-        same_numerics: whether the engine computes as the one that made the snapshot.
+        differences: what of the numerics is not the same in the snapshot and in the engine; none: the bits agree.
     """
 
     cid: str
@@ -66,15 +67,40 @@ class CheckedOut:
     pages: int
     restored: Restored | None
     tokens: int
-    same_numerics: bool
+    differences: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Moved:
+    """What has gone between an engine and its repository, counted under the names that every live engine uses.
+
+    Attributes:
+        loads, loads_failed: checkouts that had pages to bring, and of those the ones that brought none.
+        pages_loaded, bytes_loaded: written into the engine. All of them were read from the repository for it.
+        load_seconds: what they took.
+        pages_captured, bytes_captured: copied out of the engine.
+    """
+
+    loads: int = 0
+    loads_failed: int = 0
+    pages_loaded: int = 0
+    bytes_loaded: int = 0
+    load_seconds: float = 0.0
+    pages_captured: int = 0
+    bytes_captured: int = 0
 
 
 class Sessions:
-    """The engine's sequences and the repository's snapshots, kept in relation. Thread-safe."""
+    """The engine's sequences and the repository's snapshots, kept in relation. Thread-safe.
+
+    Attributes:
+        moved: since it was made.
+    """
 
     def __init__(self, engine: AnyEngine, repo: Repository, pager: Callable[[], CachePager]) -> None:
         """``pager`` makes a pager of ``engine``; each checkout and capture takes a new one."""
         self.engine, self.repo = engine, repo
+        self.moved = Moved()
         self._pager = pager
         self._captures, self._checkouts, self._memory = threading.Lock(), threading.Lock(), threading.Lock()
         self._arenas = Arena(), Arena()
@@ -146,6 +172,8 @@ class Sessions:
                 arena=self._arenas[0],
             )
             told.add(nbytes=done.new_bytes, pages=2 * done.pages_copied)
+            self.moved.pages_captured += done.pages_copied
+            self.moved.bytes_captured += 2 * done.pages_copied * self.engine.layout.page_bytes
             cid = done.snapshot.cid
             self.set_head([seq.id for seq in self.manifest(cid).sequences], cid)
             if sequence_ids is None:
@@ -189,14 +217,7 @@ class Sessions:
             done = None
             if missing or not wanted:
                 whole = sequence_ids is None and missing == wanted
-                done = restore(
-                    self._pager(),
-                    self.repo,
-                    cid,
-                    sequences=None if whole else missing,
-                    rename=names.__getitem__,
-                    arena=self._arenas[1],
-                )
+                done = self._restore(cid, None if whole else missing, names)
                 halves = 2 * done.pages_loaded
                 told.add(nbytes=halves * self.engine.layout.page_bytes, pages=halves)
                 self.set_head([names[name] for name in missing], cid)
@@ -214,8 +235,28 @@ class Sessions:
             pages=tuple(page for page in manifest.pages if sequence_ids is None or page.ix in needed),
             sequences=tuple(session.sequence for session in sessions),
         )
-        same = dict(manifest.numerics) == self.engine.numerics()
-        return CheckedOut(cid, tuple(sessions), len(chosen.pages), done, chosen.tokens, same)
+        differences = numeric_differences(dict(manifest.numerics), self.engine.numerics())
+        return CheckedOut(cid, tuple(sessions), len(chosen.pages), done, chosen.tokens, differences)
+
+    def _restore(self, cid: str, sequence_ids: Collection[str] | None, names: Mapping[str, str]) -> Restored:
+        """Bring sequences in, by the names that they get in the engine; counted."""
+        self.moved.loads += 1
+        try:
+            done = restore(
+                self._pager(),
+                self.repo,
+                cid,
+                sequences=sequence_ids,
+                rename=names.__getitem__,
+                arena=self._arenas[1],
+            )
+        except BaseException:
+            self.moved.loads_failed += 1
+            raise
+        self.moved.pages_loaded += done.pages_loaded
+        self.moved.bytes_loaded += 2 * done.pages_loaded * self.engine.layout.page_bytes
+        self.moved.load_seconds += done.total_s
+        return done
 
     def session(self, rev: str, sequence_id: str | None) -> Session:
         """One sequence of a snapshot, checked out if it is not there yet.

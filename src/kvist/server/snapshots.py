@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvist.server.errors import BadRequest
-from kvist.server.history import History, sequence_record
+from kvist.server.history import History, layout_record, not_carried, sequence_record, unless_lost
 from kvist.server.openai import Requests
 from kvist.server.schema import CheckoutBody, SnapshotBody, read_body
 from kvist.server.sessions import Sessions
@@ -90,12 +91,24 @@ class Snapshots:
                 "restored_tokens": done.tokens,
                 "pages": done.pages,
                 "pages_loaded": restored.pages_loaded if restored else 0,
-                "bit_exact": done.same_numerics,
+                "bit_exact": not done.differences,
+                "differences": done.differences,
+                "not_carried": not_carried(session.sequence for session in done.sessions),
                 "pause_ms": _ms(restored.pause_s) if restored else 0.0,
                 "total_ms": _ms(restored.total_s) if restored else 0.0,
             }
 
         return json_response(await self._run(checkout))
+
+    async def layout(self, _: Request) -> Response:
+        """``GET /v1/processfork/layout``."""
+        engine = self._sessions.engine
+        return json_response({"layouts": [layout_record(engine.layout)], "numerics": engine.numerics()})
+
+    async def stats(self, _: Request) -> Response:
+        """``GET /v1/processfork/stats``."""
+        moved = self._sessions.moved
+        return json_response(dataclasses.asdict(moved) | {"pages_read": moved.pages_loaded})
 
     async def sequences(self, _: Request) -> Response:
         """``GET /v1/processfork/sequences``."""
@@ -117,7 +130,8 @@ class Snapshots:
         return json_response(await self._run(drop))
 
     async def _run(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return await to_thread.run_sync(work, limiter=self._limiter)
+        store = self._sessions.repo.store
+        return await to_thread.run_sync(lambda: unless_lost(store, work), limiter=self._limiter)
 
 
 def _ms(seconds: float) -> float:

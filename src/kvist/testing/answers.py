@@ -28,12 +28,12 @@ class Step(NamedTuple):
     Attributes:
         token_id: the token.
         logprob: its log probability.
-        top: (token id, log probability) of the likeliest, in the server's order.
+        top: (token id, log probability) of the likeliest, in the server's order; a server that tells no ids says texts.
     """
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...]
+    top: tuple[tuple[int | str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,9 +228,14 @@ def _steps(choice: Mapping[str, Any]) -> list[Step]:
     if not len(ids) == len(chosen) == len(tops):
         raise EngineError(f"{len(ids)} tokens came with {len(chosen)} log probabilities and {len(tops)} lists of them")
     return [
-        Step(token_id, logprob, tuple((int(token.removeprefix("token_id:")), value) for token, value in top))
+        Step(token_id, logprob, tuple((_token(token), value) for token, value in top))
         for token_id, logprob, top in zip(ids, chosen, tops, strict=True)
     ]
+
+
+def _token(said: str) -> int | str:
+    """A token's id; its text, where the server says that."""
+    return int(said.removeprefix("token_id:")) if said.startswith("token_id:") else said
 
 
 def _text(choice: Mapping[str, Any]) -> str:

@@ -1,10 +1,11 @@
-"""Trees of processes, and their end by SIGKILL. Knows Linux's ``/proc``; must not know what runs."""
+"""Trees of processes, their end by SIGKILL, and ports for them. Knows Linux's ``/proc``; must not know what runs."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,14 @@ from kvist.errors import EngineError
 
 _END_S: Final = 60.0
 _INTERVAL_S: Final = 0.01
+
+
+def free_port() -> int:
+    """A TCP port on which nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def kill_tree(leader: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from kvist.errors import EngineError
-from kvist.testing.worker import free_port
+from kvist.testing.processes import free_port
 
 REDIS: Final = shutil.which("redis-server") or shutil.which("valkey-server")
 """Path of the server, or ``None``."""

@@ -1,38 +1,22 @@
-"""A vLLM server in its own process tree: started on a free port, asked, and ended politely or with SIGKILL.
+"""A vLLM server under test, and pieces of Python in an interpreter that has vLLM.
 
-Knows vLLM's command line and what its API answers (0.28 to 0.32). Must not know what is asked of it, and never
-imports vllm: the interpreter that has it may be another one.
+Knows vLLM's command line (0.28 to 0.32). Must not know what is asked of it, and never imports vllm: the interpreter
+that has it may be another one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Final, Self
-
-import httpx2
+from typing import Any, Final
 
 from kvist.errors import EngineError, InvalidInput
-from kvist.testing.answers import (
-    STREAMED,
-    Completion,
-    Stream,
-    chat_body,
-    completion_body,
-    named,
-    read_answer,
-    read_completion,
-)
-from kvist.testing.processes import kill_tree, tree
-from kvist.testing.worker import free_port
+from kvist.testing.live import LiveServer
+from kvist.testing.processes import free_port
 
 OFFLINE: Final = {
     "HF_HUB_OFFLINE": "1",
@@ -53,22 +37,13 @@ IN_PROCESS: Final = {
 }
 """Further environment of an engine within the process that asks it."""
 
-_BOOT_S: Final = 900.0
-_END_S: Final = 60.0
-_SILENCE_S: Final = 180.0
-"""A server that says nothing for so long hangs."""
-_INTERVAL_S: Final = 0.05
 _RESULT: Final = "kvist-result:"
 
 
-class VllmServer:
-    """A running vLLM: the API server and its engine and worker processes.
+class VllmServer(LiveServer):
+    """A running vLLM: the API server and its engine and worker processes."""
 
-    Attributes:
-        url: where it answers, ``http://127.0.0.1:<port>``.
-        http: a client for it, to be used from any thread. It has the API key, if there is one.
-        pid: the API server's process, leader of a session that holds all the others.
-    """
+    called = "vLLM"
 
     def __init__(
         self,
@@ -112,146 +87,15 @@ class VllmServer:
         if config is None and store is not None:
             config = transfer_config(store, settings, transfer)
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx2.Client(
-            base_url=self.url,
-            timeout=_SILENCE_S,
-            limits=httpx2.Limits(max_connections=None),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key is not None else {},
-            trust_env=False,
-        )
         command = [python or sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--enable-prompt-tokens-details"]
         command += ["--block-size", str(block_size), *(["--dtype", dtype] if dtype else [])]
         command += ["--api-key", api_key] if api_key is not None else []
         if config is not None:
             command += ["--kv-transfer-config", config if isinstance(config, str) else json.dumps(config)]
-        wanted: dict[str, str | None] = {**os.environ, **OFFLINE, "VLLM_PLUGINS": "" if config is None else "kvist"}
+        wanted: dict[str, str | None] = {**OFFLINE, "VLLM_PLUGINS": "" if config is None else "kvist"}
         wanted |= {**(DETERMINISTIC if deterministic else {}), **(env or {})}
-        environ = {name: value for name, value in wanted.items() if value is not None}
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by the server's end
-        self._said = ""
-        self._process = subprocess.Popen(
-            [*command, *options],
-            stdout=self._log,
-            stderr=self._log,
-            stdin=subprocess.DEVNULL,
-            env=environ,
-            cwd=cwd,
-            start_new_session=True,
-        )
-        self.pid = self._process.pid
-
-    def wait(self) -> Self:
-        """Return when it answers.
-
-        Raises:
-            EngineError: it ended instead, or was not up in fifteen minutes; the message is what it printed.
-        """
-        deadline = time.monotonic() + _BOOT_S
-        while self._process.poll() is None and time.monotonic() < deadline:
-            try:
-                if self.http.get("/health").status_code == 200:
-                    return self
-            except httpx2.TransportError:
-                pass
-            time.sleep(_INTERVAL_S)
-        self.kill()
-        raise EngineError(f"vLLM did not come up:\n{self.log}")
-
-    @property
-    def log(self) -> str:
-        """All that its processes printed; also after its end."""
-        if not self._log.closed:
-            self._said = os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
-        return self._said
-
-    def processes(self) -> list[int]:
-        """Ids of its living processes."""
-        return tree(self.pid)
-
-    def kill(self) -> None:
-        """SIGKILL to the whole tree: no handler runs, nothing is flushed. Returns when all of it is gone."""
-        kill_tree(self.pid)
-        self._close()
-
-    def stop(self) -> None:
-        """SIGTERM, and wait for the end; what is left after a minute is killed."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_S)
-        self.kill()
-
-    def get(self, path: str) -> dict[str, Any]:
-        """A read that must succeed.
-
-        Raises:
-            EngineError: any status but 200; the message is the answer.
-        """
-        return read_answer(self.http.get(path))
-
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """One request, one answer.
-
-        Raises:
-            EngineError: any status but 200; the message is the answer.
-        """
-        return read_answer(self.http.post(path, json=dict(body or {})))
-
-    def complete(self, prompt: Sequence[int] | str | None, *, name: str | None = None, **params: Any) -> Completion:
-        """The answer to ``POST /v1/completions``, with log probabilities.
-
-        Args:
-            prompt: token ids or text; ``None``: leave it out.
-            name: what the client calls the request (``X-Request-Id``).
-            **params: further fields of the body.
-
-        Raises:
-            EngineError: any status but 200; the message is the answer.
-        """
-        body = completion_body(prompt, params)
-        return read_completion(read_answer(self.http.post("/v1/completions", json=body, headers=named(name))))
-
-    def stream(self, prompt: Sequence[int] | str | None, *, name: str | None = None, **params: Any) -> Stream:
-        """As `complete`, but the tokens can be had while they come."""
-        body = completion_body(prompt, params) | STREAMED
-        return Stream(self.http, "/v1/completions", body, named(name))
-
-    def chat(self, *messages: tuple[str, str], name: str | None = None, **params: Any) -> Completion:
-        """The answer to ``POST /v1/chat/completions``, with log probabilities.
-
-        Args:
-            *messages: (role, content).
-            name: as in `complete`.
-            **params: further fields of the body.
-
-        Raises:
-            EngineError: any status but 200; the message is the answer.
-        """
-        body = chat_body(messages, params)
-        return read_completion(read_answer(self.http.post("/v1/chat/completions", json=body, headers=named(name))))
-
-    def stream_chat(self, *messages: tuple[str, str], name: str | None = None, **params: Any) -> Stream:
-        """As `chat`, but the tokens can be had while they come."""
-        return Stream(self.http, "/v1/chat/completions", chat_body(messages, params) | STREAMED, named(name))
-
-    def resume(self, snapshot: str, sequence: str, **params: Any) -> Completion:
-        """`complete` a sequence of a snapshot by name, without a prompt."""
-        named = {"snapshot": snapshot, "sequence": sequence}
-        return self.complete(None, kv_transfer_params=named, **params)
-
-    def _close(self) -> None:
-        self._process.wait()
-        self.http.close()
-        _ = self.log
-        self._log.close()
-
-    def __enter__(self) -> Self:
-        return self.wait()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+        super().__init__([*command, *options], port=port, env=wanted, api_key=api_key, cwd=cwd)
 
 
 def transfer_config(

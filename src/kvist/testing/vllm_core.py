@@ -227,11 +227,6 @@ class FakeEngineClient:
         return {
             "layouts": [[asdict(layout) for layout in row] for row in self.layouts],
             "numerics": self._numerics,
-            "max_model_len": 2048,
-            "prefix_caching": True,
-            "async_scheduling": self._async,
-            "mode": "snapshots",
-            "vllm": "0.32.0",
         }
 
     def _begin(self, payload: Mapping[str, Any]) -> dict[str, Any]:

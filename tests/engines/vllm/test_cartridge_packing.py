@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from kvist.cartridge.cartridge import Cartridge
 from kvist.cartridge.model import ModelIdentity
+from kvist.engines.paged.matching import blocks_of, window_of
+from kvist.engines.paged.pages import Done, GroupPages
 from kvist.engines.vllm.cartridges import packing
 from kvist.engines.vllm.cartridges.packing import Packed, Packer
-from kvist.engines.vllm.matching import blocks_of, window_of
-from kvist.engines.vllm.pages import Done, GroupPages
+from kvist.engines.vllm.pages import pages_of
 from kvist.errors import InvalidInput, LayoutMismatch
 from kvist.layout import Layout
 
@@ -81,7 +82,7 @@ def engine(
         made = [cache.transpose(1, 2) for cache in made] if strided else made
         layouts.append(layout)
         caches.append(made)
-        pages.append(GroupPages(layout, made, BLOCKS))
+        pages.append(pages_of(layout, made, BLOCKS))
         layers.append([(index, Attention(Backend(order)), cache) for index, cache in zip(members, made, strict=True)])
     return Engine(layouts, caches, pages, Packer(layouts, pages, layers))
 

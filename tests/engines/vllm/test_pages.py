@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvist.engines.vllm.pages import Done, GroupPages
+from kvist.engines.paged.pages import Done, GroupPages
+from kvist.engines.vllm.pages import pages_of
 from kvist.errors import UnsupportedModel
 from kvist.layout import Layout
 
@@ -18,7 +19,7 @@ def layout(order: str, *, heads: int = 2) -> Layout:
 
 def make(order: str, heads: int = 2) -> tuple[GroupPages, list[torch.Tensor]]:
     caches = [torch.randn(BLOCKS, heads, 4, 16) for _ in range(3)]
-    return GroupPages(layout(order, heads=heads), caches, BLOCKS), caches
+    return pages_of(layout(order, heads=heads), caches, BLOCKS), caches
 
 
 @pytest.mark.parametrize("order", ["LHND", "vllm-cpu-vec"])
@@ -62,7 +63,7 @@ def test_on_the_cpu_each_heads_k_comes_before_its_v() -> None:
 
 def test_a_latent_cache_has_no_heads() -> None:
     caches = [torch.randn(BLOCKS, 4, 16) for _ in range(3)]
-    group = GroupPages(layout("LHND", heads=1), caches, BLOCKS)
+    group = pages_of(layout("LHND", heads=1), caches, BLOCKS)
     rows = torch.zeros((1, group.page_bytes), dtype=torch.uint8)
     group.read([3], rows, [0]).wait()
     group.write([5], rows, [0], Done()).wait()
@@ -71,7 +72,7 @@ def test_a_latent_cache_has_no_heads() -> None:
 
 def test_a_cache_seen_through_strides_is_written_in_place() -> None:
     whole = [torch.randn(BLOCKS, 4, 2, 16) for _ in range(3)]  # tokens before heads, as on an accelerator
-    group = GroupPages(layout("LHND"), [cache.transpose(1, 2) for cache in whole], BLOCKS)
+    group = pages_of(layout("LHND"), [cache.transpose(1, 2) for cache in whole], BLOCKS)
     rows = torch.zeros((1, group.page_bytes), dtype=torch.uint8)
     group.read([0], rows, [0]).wait()
     group.write([11], rows, [0], Done()).wait()
@@ -80,7 +81,7 @@ def test_a_cache_seen_through_strides_is_written_in_place() -> None:
 
 def test_another_shape_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match=r"expected \(12, 2, 4, 16\)"):
-        GroupPages(layout("LHND"), [torch.zeros(BLOCKS, 2, 8, 16)] * 3, BLOCKS)
+        pages_of(layout("LHND"), [torch.zeros(BLOCKS, 2, 8, 16)] * 3, BLOCKS)
 
 
 @pytest.mark.parametrize("order", ["LHND", "vllm-cpu-vec"])
@@ -93,7 +94,7 @@ def test_pages_of_any_width_in_rows_of_any(order: str, dim: int, dtype: str, mor
     here = Layout(page_size_tokens=4, n_layers=2, n_heads=3, head_dim=dim, dtype=dtype, memory_order=order)
     caches = [torch.randn(BLOCKS, 3, 4, 2 * dim).to(kind) for _ in range(2)]
     before = [cache.clone() for cache in caches]
-    group = GroupPages(here, caches, BLOCKS)
+    group = pages_of(here, caches, BLOCKS)
     rows = torch.zeros((4, group.page_bytes + more), dtype=torch.uint8)
     group.read([4, 9, 2], rows, [0, 1, 3]).wait()
     group.write([1, 9, 7], rows, [0, 1, 3], Done()).wait()

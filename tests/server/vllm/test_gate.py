@@ -14,11 +14,11 @@ import pytest
 from kvist.errors import Forbidden, InvalidInput, UntrustedSnapshot
 from kvist.repo import Repository
 from kvist.server.errors import BadRequest
+from kvist.server.live import snapshots
+from kvist.server.live.gate import MARK
 from kvist.server.tokens import Scope, add_token
-from kvist.server.vllm import snapshots
 from kvist.server.vllm.bodies import tenant_body
-from kvist.server.vllm.client import Core
-from kvist.server.vllm.gate import MARK
+from kvist.server.vllm.client import VllmEngine
 from kvist.store import Store
 
 from .conftest import ARGS, IDS, PATH, AsgiCall, Live, make_app
@@ -244,7 +244,7 @@ def test_an_option_that_is_no_text_is_not_taken_for_nothing(
     del extra["tokens"]
     extra["trusted_keys"] = wrong
     with pytest.raises(InvalidInput, match="trusted_keys is text"):
-        Core(live.engine).option("trusted_keys")
+        VllmEngine(live.engine).option("trusted_keys")
     answered(serve_again(serve, live).post(f"{PATH}/checkout", {"cid": "demo"}), 503, "store")
 
 

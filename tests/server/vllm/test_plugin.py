@@ -20,8 +20,10 @@ from kvist import errors
 from kvist.errors import KvistError
 from kvist.server import schema
 from kvist.server.errors import NoConnector, status_of
-from kvist.server.vllm import KvistMiddleware, endpoint_plugin, resume
-from kvist.server.vllm.client import Core, error_of
+from kvist.server.live import resume
+from kvist.server.live.client import error_of
+from kvist.server.vllm import KvistMiddleware, endpoint_plugin
+from kvist.server.vllm.client import VllmEngine
 from kvist.testing.vllm_core import FakeEngineClient
 
 from .conftest import ARGS, IDS, PATH, Live, echo, make_app
@@ -81,10 +83,10 @@ def test_one_of_several_connectors(serve: Callable[..., Live], tmp_path: Path) -
     transfer = live.engine.vllm_config.kv_transfer_config
     transfer.kv_connector = "MultiConnector"
     transfer.kv_connector_extra_config = {"connectors": [{"kv_connector": "Other"}, mine]}
-    assert Core(live.engine).store == str(tmp_path / "store")
+    assert VllmEngine(live.engine).store == str(tmp_path / "store")
     transfer.kv_connector_extra_config = {"connectors": [{"kv_connector": "Other"}]}
     with pytest.raises(NoConnector):
-        Core(live.engine).store  # noqa: B018
+        VllmEngine(live.engine).store  # noqa: B018
 
 
 def test_an_engine_core_without_the_plugin(serve: Callable[..., Live]) -> None:
@@ -152,7 +154,7 @@ def test_bugs_stay_in_the_log(serve: Callable[..., Live], monkeypatch: pytest.Mo
     def bug(*_: Any) -> Any:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr("kvist.server.vllm.snapshots.read_parts", bug)
+    monkeypatch.setattr("kvist.server.live.snapshots.read_parts", bug)
     named = {"kv_transfer_params": {"snapshot": "x"}}
     for path, body in ((f"{PATH}/checkout", {"cid": "x"}), ("/v1/completions", named)):
         assert "secret" not in answered(live.post(path, body), 500, "internal")["message"]
@@ -251,7 +253,7 @@ def test_the_reference_page() -> None:
     page = (docs / "vllm.md").read_text()
     for _, path, _ in ROUTES:
         assert path.replace("/demo", "/{rev}") in page
-    for field in (*schema.SnapshotBody.__struct_fields__, *schema.VllmCheckoutBody.__struct_fields__):
+    for field in (*schema.SnapshotBody.__struct_fields__, *schema.CheckoutBody.__struct_fields__):
         assert f"`{field}`" in page, field
     for field in resume._CARRIED:
         assert f"`{field}`" in page, field

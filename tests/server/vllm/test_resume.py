@@ -211,15 +211,16 @@ def test_a_client_that_goes_while_it_sends(live: Live) -> None:
             if message["type"] == "http.disconnect":
                 return
 
-    from kvist.server.vllm.gate import Door
-    from kvist.server.vllm.resume import Resume
-    from kvist.server.vllm.snapshots import Snapshots
+    from kvist.server.live.gate import Door
+    from kvist.server.live.resume import Resume
+    from kvist.server.live.snapshots import Snapshots
+    from kvist.server.vllm.dialect import VLLM
 
     async def go() -> None:
         call = AsgiCall("/v1/completions")
         call.body(b'{"kv_transfer', more=True)
         call.disconnect()
-        await call.start(Resume(inner, Snapshots(), Door()))
+        await call.start(Resume(inner, Snapshots(), Door(VLLM)))
 
     live.run(go())
     assert seen == ["http.request", "http.disconnect"]

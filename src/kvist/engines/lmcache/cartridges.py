@@ -23,11 +23,11 @@ from torch import Tensor
 from kvist.cartridge.cartridge import Cartridge
 from kvist.cartridge.library import Entry, Library
 from kvist.cartridge.manifest import CartridgeManifest
-from kvist.cartridge.sharding import rank_heads
 from kvist.engines.lmcache.geometry import Geometry
 from kvist.engines.lmcache.host import Hasher
 from kvist.engines.lmcache.keys import CartridgeTags, ChunkKey
 from kvist.errors import InvalidInput, KvistError, LayoutMismatch, UnknownCartridge
+from kvist.pager.sharding import rank_heads
 
 log = logging.getLogger("kvist.lmcache")
 

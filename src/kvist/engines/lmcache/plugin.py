@@ -30,14 +30,13 @@ from torch import Tensor
 
 from kvist.cartridge.config import CartridgeConfig, open_library
 from kvist.engines.lmcache.cartridges import CartridgeChunks, Part
-from kvist.engines.lmcache.chunks import Chunks
 from kvist.engines.lmcache.geometry import Geometry, views
 from kvist.engines.lmcache.host import StoragePluginInterface, hasher, memory_format
 from kvist.engines.lmcache.keys import block_of, cartridge_of
 from kvist.engines.lmcache.settings import Settings
+from kvist.engines.paged.chunks import Chunks
 from kvist.errors import DamagedPage, InvalidInput, LayoutMismatch
 from kvist.hashing import Buffer, weights
-from kvist.repo.repository import Repository
 
 log = logging.getLogger("kvist.lmcache")
 
@@ -347,21 +346,9 @@ class KvistStorage(StoragePluginInterface):
     # -- making --------------------------------------------------------------------------------------------------
 
     def _open_chunks(self) -> Chunks:
-        settings = self.settings
-        repo = Repository.open(settings.store, create=True)
-        try:
-            return Chunks(
-                repo,
-                self.geometry.layout,
-                max_bytes=settings.max_bytes,
-                policy=settings.policy,
-                staging_bytes=settings.staging_bytes,
-                refresh_s=settings.refresh_s,
-                pin_timeout_s=float(self.config.pin_timeout_sec),
-            )
-        except BaseException:
-            repo.close()
-            raise
+        return self.settings.open(
+            self.geometry.layout, pin_timeout_s=float(self.config.pin_timeout_sec), name="lmcache"
+        )
 
     def _open_cartridges(self) -> CartridgeChunks | None:
         if not self.settings.cartridges:

@@ -9,49 +9,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-from kvist.blocks.policy import POLICIES
+from kvist.engines.paged.options import ChunkOptions
 from kvist.errors import InvalidInput
 
 _OWN: Final = {"module_path", "class_name"}
-_GIB: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(ChunkOptions):
     """Options of one plugin: the keys ``storage_plugin.<name>.<option>`` of ``extra_config``.
 
+    What comes while ``staging_bytes`` are taken is not stored. A ``revision`` that is not given is computed, where
+    LMCache's model name is a directory.
+
     Attributes:
-        store: url or path of the repository; made where there is none.
-        max_bytes: bound of what is kept, see `kvist.pager.prefix.PrefixCache`. Default 16 GiB.
-        policy: which chunks go first when it is reached, of `kvist.blocks.policy.POLICIES`.
-        staging_bytes: host memory for chunks on their way to the store; what comes while it is full is not stored.
-            Default 1 GiB.
-        revision: what pins the weights; ``None``: computed, where LMCache's model name is a directory.
-        refresh_s: a lookup that misses asks anew, at most so often, what other servers have stored.
         cartridges: how cartridges are found, as in the vLLM connector (docs/guides/cartridges.md); empty: none are.
     """
 
-    store: str
-    max_bytes: int = 16 * _GIB
-    policy: str = "lru"
-    staging_bytes: int = _GIB
-    revision: str | None = None
-    refresh_s: float = 5.0
     cartridges: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.store, str) or not self.store:
-            raise InvalidInput(f"store must be the url or path of a repository, got {self.store!r:.80}")
-        for name in ("max_bytes", "staging_bytes"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InvalidInput(f"{name} must be a positive number of bytes, got {value!r:.80}")
-        if self.policy not in POLICIES:
-            raise InvalidInput(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r:.80}")
-        if self.revision is not None and (not isinstance(self.revision, str) or not self.revision):
-            raise InvalidInput(f"revision must be text, got {self.revision!r:.80}")
-        if isinstance(self.refresh_s, bool) or not isinstance(self.refresh_s, int | float) or self.refresh_s < 0:
-            raise InvalidInput(f"refresh_s must be a number of seconds, got {self.refresh_s!r:.80}")
+        ChunkOptions.__post_init__(self)
         if not isinstance(self.cartridges, Mapping):
             raise InvalidInput(f"cartridges must be a mapping, got {self.cartridges!r:.80}")
 

@@ -7,6 +7,7 @@ Three parts, in the processes where vLLM runs them:
 * a general plugin (`plugin`), through which the API process reaches both;
 * the routes, in the API process: `kvist.server.vllm`.
 
-What touches vLLM beyond its published connector interface is in `internals`, with the versions that it was run on.
-Importing this package imports no vLLM.
+What any engine with a paged cache needs is in `kvist.engines.paged` and `kvist.server.live`. What touches vLLM beyond
+its published connector interface is in `internals`, with the versions that it was run on. Importing this package
+imports no vLLM.
 """

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+from kvist.engines.paged.index import PrefixIndex
 from kvist.engines.vllm import internals
-from kvist.engines.vllm.index import PrefixIndex
 from kvist.engines.vllm.metrics import SnapshotStats
 from kvist.engines.vllm.scheduler import SchedulerSide
 from kvist.engines.vllm.sides import SidedConnector

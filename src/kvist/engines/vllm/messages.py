@@ -7,41 +7,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One page in a worker's cache, as it was at one moment.
-
-    Attributes:
-        group: KV cache group.
-        block: vLLM's block id.
-        generation: how often the block had been handed out; while it stays, so do the bytes of the filled tokens.
-        fill: tokens of it that are computed.
-        name: block hash in hex, or ``None``: partly filled, or nobody hashed it.
-    """
-
-    group: int
-    block: int
-    generation: int
-    fill: int
-    name: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Pages that a request waits for.
-
-    Attributes:
-        request_id: vLLM's id.
-        content: of the snapshot, or identity of the cartridge, that the pages come from, or ``None``: the durable
-            prefix cache.
-        pages: where to put what: a page ``ix`` of the snapshot's manifests, or number of the cartridge's; or a block
-            hash.
-    """
-
-    request_id: str
-    content: str | None
-    pages: list[tuple[Place, int | str]]
+from kvist.engines.paged.plans import Load, Place, Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,49 +41,14 @@ class StepPlan(KVConnectorMetadata):
 
 
 @dataclass
-class StepReport(KVConnectorWorkerMetadata):
-    """What a worker has to say after a step.
+class StepReport(Report, KVConnectorWorkerMetadata):
+    """What a worker has to say after a step."""
 
-    Attributes:
-        loads: (bytes, seconds) of each load that came to its end.
-        failed: requests whose pages could not be had.
-        gone: block hashes that the durable prefix cache turned out not to hold (group, hash).
-    """
-
-    loads: list[tuple[int, float]] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    gone: list[tuple[int, str]] = field(default_factory=list)
+    @classmethod
+    def of(cls, report: Report | None) -> StepReport | None:
+        """A rank's report as vLLM carries it; ``None``: there is none."""
+        return None if report is None else cls(report.loads, report.failed, report.gone)
 
     def aggregate(self, other: Any) -> StepReport:
         """One report of two ranks."""
         return StepReport(self.loads + other.loads, self.failed + other.failed, self.gone + other.gone)
-
-
-@dataclass(frozen=True, slots=True)
-class SequencePlan:
-    """A sequence as the scheduler knows it, for a manifest of every group.
-
-    Attributes:
-        id: its name in the snapshot.
-        request_id: vLLM's id.
-        token_ids: all of them.
-        cached: tokens whose KV is computed.
-        blocks: by group: how many pages are out of the window, and the block ids of the others.
-        state: what else it takes to go on.
-    """
-
-    id: str
-    request_id: str
-    token_ids: list[int]
-    cached: int
-    blocks: list[tuple[int, list[int]]]
-    state: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class CapturePlan:
-    """What one capture shall hold."""
-
-    id: str
-    places: list[Place]
-    sequences: list[SequencePlan]

@@ -7,25 +7,18 @@ from __future__ import annotations
 
 import base64
 import re
-from hashlib import sha256
 from typing import Any, Final
 
+from kvist.engines.paged import requests as naming
+from kvist.engines.paged.matching import Stored
 from kvist.engines.vllm.cartridges.placing import Standing
-from kvist.engines.vllm.matching import Stored
 from kvist.engines.vllm.messages import Start
-from kvist.errors import InvalidName
-from kvist.ids import check_name
 
 _SUFFIX: Final = re.compile(r"-[0-9a-f]{8}\Z")
 _SAMPLING: Final = (
     *("seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("min_tokens", "max_tokens", "stop", "stop_token_ids", "ignore_eos"),
 )
-
-
-def digest(salt: str | None) -> str | None:
-    """Of a cache salt, which may be a secret."""
-    return None if salt is None else sha256(b"kvist salt\0" + salt.encode()).hexdigest()[:16]
 
 
 def cartridge(request: Any) -> dict[str, Any] | None:
@@ -82,17 +75,10 @@ def sampling(params: Any) -> dict[str, Any]:
 
 
 def sequence_id(request_id: str) -> str:
-    """vLLM's id without the part that it draws; a digest where it is no name."""
-    name = _SUFFIX.sub("", request_id)
-    try:
-        return check_name(name)
-    except InvalidName:
-        return "request-" + sha256(name.encode()).hexdigest()[:16]
+    """What a snapshot calls a request's sequence: vLLM's id without the part that it draws."""
+    return naming.sequence_id(_SUFFIX.sub("", request_id))
 
 
 def is_called(request_id: str, wanted: str) -> bool:
     """Whether a client that says ``wanted`` means this request: its id, the answer's, or its X-Request-Id."""
-    name = _SUFFIX.sub("", request_id)
-    if wanted in (request_id, name):
-        return True
-    return re.fullmatch(rf"(?:\d+_)?(?:(?:chat)?cmpl-)?{re.escape(wanted)}(?:-\d+)?", name) is not None
+    return wanted == request_id or naming.is_called(_SUFFIX.sub("", request_id), wanted)

@@ -11,22 +11,23 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
+from kvist.engines.paged.checkouts import Checkouts
+from kvist.engines.paged.index import PrefixIndex
+from kvist.engines.paged.matching import Checkout, Stored, blocks_of, chain_tokens, first_block, starts_with, window_of
+from kvist.engines.paged.plans import CapturePlan, Load, Place, SequencePlan
+from kvist.engines.paged.requests import digest, newest, told_apart
 from kvist.engines.vllm import internals, requests
 from kvist.engines.vllm.cartridges.placing import salt_of
-from kvist.engines.vllm.index import PrefixIndex
 from kvist.engines.vllm.internals import Blocks
-from kvist.engines.vllm.matching import Checkout, Stored, blocks_of, chain_tokens, first_block, starts_with, window_of
-from kvist.engines.vllm.messages import CapturePlan, Load, Place, SequencePlan, Start, StepPlan, StepReport
+from kvist.engines.vllm.messages import Start, StepPlan, StepReport
 from kvist.errors import NotFound
 from kvist.layout import Layout
 
 log = logging.getLogger("kvist.vllm")
 
-CHECKOUTS_MAX: Final = 64
-"""Snapshots that requests may continue; the one checked out, or named, longest ago goes first."""
 FINISHED_MAX: Final = 1024
 """Finished requests that can still be snapshotted, as far as their blocks are in place."""
 _RESEND_S: Final = 10.0
@@ -87,7 +88,7 @@ class SchedulerSide:
         self._index = index  # of the durable prefix cache
         self._manager: Any = None
         self.blocks: Blocks | None = None
-        self._checkouts: OrderedDict[str, Checkout] = OrderedDict()
+        self._checkouts = Checkouts(self.windows, self._size)
         self._live: dict[str, Any] = {}  # vLLM's requests, from arrival to end
         self._matches: dict[str, Match] = {}
         self._starts: dict[str, Start] = {}
@@ -137,45 +138,32 @@ class SchedulerSide:
                 self._starts[request.request_id] = start
             if found.stored is not None and "prompt_tokens" in found.stored.state:
                 self._prompts[request.request_id] = found.stored.state["prompt_tokens"]
-            internals.resalt(request, _salt(found.source, request.cache_salt))
+            internals.resalt(request, found.source.salt(request.cache_salt))
 
     def _named(self, request: Any, wanted: dict[str, Any]) -> Match | None:
         """The sequence that the request names, if it came with its salt; the API process has checked that it fits."""
-        cid, name = wanted["snapshot"], wanted.get("sequence")
-        checkout = self._checkouts.get(cid) if isinstance(cid, str) else None
-        stored = checkout.sequences.get(name) if checkout is not None and isinstance(name, str) else None
-        is_its = stored is not None and _is_under(stored, request.cache_salt)
-        if checkout is None or stored is None or not is_its or not starts_with(request.prompt_token_ids, stored):
-            log.warning("request %s names a sequence that it cannot continue; it is computed", request.request_id)
-            return None
-        self._checkouts.move_to_end(cid)
-        return Match(checkout, stored.cached, stored, list(request.block_hashes))
+        found = self._checkouts.named(wanted["snapshot"], wanted.get("sequence"))
+        if found is not None:
+            checkout, stored = found
+            if _is_under(stored, request.cache_salt) and starts_with(request.prompt_token_ids, stored):
+                return Match(checkout, stored.cached, stored, list(request.block_hashes))
+        log.warning("request %s names a sequence that it cannot continue; it is computed", request.request_id)
+        return None
 
     def _best(self, request: Any) -> Match | None:
-        """The longest of what the prefix cache, the snapshots and the durable prefix cache have for a request.
+        """The longest of what the prefix cache, the snapshots and the durable prefix cache have for a request."""
+        hashes = list(request.block_hashes)
 
-        On a tie a snapshot goes before what was computed here, since its pages continue bit for bit.
-        """
-        hashes, limit = list(request.block_hashes), request.num_tokens - 1
-        if not self._checkouts:
-            return None if self._index is None else Match(None, 0, None, hashes)
-        local = internals.local_hit(self._manager, request)
-        best, most = None, local - 1
-        by_content = {checkout.content: checkout for checkout in self._checkouts.values()}
-        for checkout in reversed(by_content.values()):
-            stored = checkout.longest(request.prompt_token_ids, requests.digest(request.cache_salt))
-            chain = checkout.chain(hashes, limit)
-            if stored is not None and stored.cached < chain:
-                stored = None
-            tokens = chain if stored is None else stored.cached
-            if tokens == 0:
-                continue
-            with internals.salted(request, _salt(checkout, request.cache_salt)):
-                reach = max(tokens, internals.local_hit(self._manager, request))
-            if reach > most:
-                best, most = Match(checkout, tokens, stored, hashes), reach
-        if best is not None:
-            return best
+        def reach(checkout: Checkout | None) -> int:
+            if checkout is None:
+                return internals.local_hit(self._manager, request)
+            with internals.salted(request, checkout.salt(request.cache_salt)):
+                return internals.local_hit(self._manager, request)
+
+        if self._checkouts:
+            best = self._checkouts.best(request.prompt_token_ids, hashes, request.cache_salt, reach)
+            if best is not None:
+                return Match(best.checkout, best.tokens, best.stored, hashes)
         return None if self._index is None else Match(None, 0, None, hashes)
 
     def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
@@ -360,29 +348,18 @@ class SchedulerSide:
         self, cid: str, content: str, by_hash: list[dict[bytes, int]], sequences: Sequence[Stored]
     ) -> list[str]:
         """Let requests continue a snapshot; see `Checkout`. Returns contents that none can continue any more."""
-        self._checkouts[cid] = Checkout(content, by_hash, sequences, self.windows, self._size)
-        self._checkouts.move_to_end(cid)
-        dropped = []
-        while len(self._checkouts) > CHECKOUTS_MAX:
-            dropped.append(self._checkouts.popitem(last=False)[1].content)
-        kept = {checkout.content for checkout in self._checkouts.values()}
-        kept |= {match.source.content for match in self._matches.values() if match.source is not None}
-        return [name for name in dropped if name not in kept]
+        dropped = self._checkouts.add(cid, content, by_hash, sequences)
+        taken = {match.source.content for match in self._matches.values() if match.source is not None}
+        return [name for name in dropped if name not in taken]
 
     def content(self, cid: str) -> str:
-        """What a snapshot that is checked out holds.
-
-        Raises:
-            NotFound: it is not.
-        """
-        if cid not in self._checkouts:
-            raise NotFound(f"snapshot {cid} is not checked out")
-        return self._checkouts[cid].content
+        """See `Checkouts.content`."""
+        return self._checkouts.content(cid)
 
     @property
     def checkouts(self) -> list[str]:
         """Cids of the snapshots that requests may continue."""
-        return list(self._checkouts)
+        return self._checkouts.cids
 
     def capture(self, wanted: str | None) -> CapturePlan:
         """Decide what a snapshot holds, and pin it.
@@ -404,8 +381,7 @@ class SchedulerSide:
             ended = [done for name, done in reversed(self._finished.items()) if requests.is_called(name, wanted)]
             if not ended:
                 raise NotFound(f"no live or recently finished request {wanted!r}", hint="name it by X-Request-Id")
-            sequences = [self._ended(done, places) for done in _newest(ended)]
-        _make_unique(sequences)
+            sequences = [self._ended(done, places) for done in newest(ended, lambda done: done.sequence.id)]
         pinned = [block for _, block in places]
         self.blocks.pin(pinned)
         if wanted is None:
@@ -415,7 +391,7 @@ class SchedulerSide:
                     places[group, block] = place
         capture = f"capture-{next(self._numbers)}"
         self._captures[capture] = _Held(pinned, list(places.values())[len(pinned) :])
-        return CapturePlan(capture, list(places.values()), sequences)
+        return CapturePlan(capture, list(places.values()), told_apart(sequences))
 
     def gone(self, capture: str) -> list[tuple[int, int]]:
         """Group and block of the pages of a capture that are lost since the last call: their block was reused."""
@@ -495,7 +471,7 @@ class SchedulerSide:
             state["cartridge"] = cartridge
         salt = self._salts.get(request.request_id, request.cache_salt)
         if salt is not None:
-            state["salt"] = requests.digest(salt)
+            state["salt"] = digest(salt)
         not_carried = requests.not_carried(params)
         if not_carried:
             state["not_carried"] = not_carried
@@ -531,32 +507,9 @@ class SchedulerSide:
         return self._names.get(name) or name.hex()
 
 
-def _salt(checkout: Checkout, salt: str | None) -> str:
-    """What keeps a snapshot's blocks to those that continue it, or a fork of it, and tenants apart as they were."""
-    return f"kvist:{checkout.content}" if salt is None else f"kvist:{checkout.content}:{salt}"
-
-
 def _is_under(stored: Stored, salt: str | None) -> bool:
     """Whether a request that came with ``salt`` made a sequence: what one tenant computed is not told to another."""
     cartridge = stored.state.get("cartridge")
     if isinstance(cartridge, dict):  # then its salt is of our making
         salt = salt_of(str(cartridge.get("identity")), salt)
-    return stored.state.get("salt") == requests.digest(salt)
-
-
-def _make_unique(sequences: list[SequencePlan]) -> None:
-    """Tell sequences of one name apart: a client may use an X-Request-Id twice."""
-    taken: set[str] = set()
-    for place, sequence in enumerate(sequences):
-        names = itertools.chain([sequence.id], (f"{sequence.id}.{count}" for count in itertools.count(2)))
-        name = next(name for name in names if name not in taken)
-        taken.add(name)
-        sequences[place] = replace(sequence, id=name)
-
-
-def _newest(ended: Iterable[Finished]) -> list[Finished]:
-    """One of each name, the first that comes."""
-    found: dict[str, Finished] = {}
-    for done in ended:
-        found.setdefault(done.sequence.id, done)
-    return list(found.values())
+    return stored.state.get("salt") == digest(salt)

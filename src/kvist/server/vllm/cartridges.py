@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from kvist.cartridge.library import Entry
 from kvist.errors import EngineError, NotFound
-from kvist.server.vllm.client import Core, EngineClient
+from kvist.server.live.client import Core
+from kvist.server.vllm.client import EngineClient, VllmEngine
 
 if TYPE_CHECKING:
     from kvist.cartridge.library import Library
     from kvist.cartridge.manifest import CartridgeManifest
+
+
+class _Stats(Struct):
+    ranks: list[dict[str, Any]]
 
 
 class Cartridges:
@@ -65,7 +72,7 @@ class Cartridges:
         """
         self.library()
         assert self._engine is not None
-        return await Core(self._engine).cartridge_stats()
+        return {"ranks": (await Core(VllmEngine(self._engine)).call("cartridge_stats", {}, _Stats)).ranks}
 
 
 def _frontend_of(engine: EngineClient | None) -> Any:

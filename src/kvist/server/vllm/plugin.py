@@ -1,6 +1,6 @@
 """How vLLM takes kvist in: its endpoint plugin, and a middleware for versions that know no such plugins.
 
-Knows how vLLM's API server is put together (0.28 to 0.32); duck-typed, without vllm. Puts the package together.
+Knows how vLLM's API server is put together (0.28 to 0.32); duck-typed, without vllm. Puts `kvist.server.live` together.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from kvist.errors import EngineError, KvistError
 from kvist.server.access import path_of
 from kvist.server.cartridges import cartridge_routes
 from kvist.server.errors import NoConnector, error_response
+from kvist.server.live.api import routes
+from kvist.server.live.gate import Door, Gate, Listening
+from kvist.server.live.metrics import metered
+from kvist.server.live.resume import Resume, may_name_a_snapshot
+from kvist.server.live.snapshots import Snapshots
 from kvist.server.routing import application
-from kvist.server.schema import BODY_MAX, SnapshotBody, VllmCheckoutBody, read_body
+from kvist.server.schema import BODY_MAX
 from kvist.server.tokens import FILE as TOKENS
 from kvist.server.tokens import closed
 from kvist.server.vllm.cartridges import Cartridges
-from kvist.server.vllm.client import Core, EngineClient
-from kvist.server.vllm.gate import Door, Gate, grant_of, require_own
-from kvist.server.vllm.metrics import metered
-from kvist.server.vllm.resume import Resume, may_name_a_snapshot
-from kvist.server.vllm.snapshots import Snapshots
+from kvist.server.vllm.client import EngineClient, VllmEngine
+from kvist.server.vllm.dialect import VLLM
 from kvist.server.wire import json_response
 
 log = logging.getLogger("kvist.server")
@@ -54,7 +56,7 @@ class EndpointPlugin:
     def __init__(self) -> None:
         self._snapshots = Snapshots()
         self._cartridges = Cartridges()
-        self._door = Door()
+        self._door = Door(VLLM)
         self._opening: asyncio.Task[None] | None = None
 
     def attach_router(self, app: Any) -> None:
@@ -74,10 +76,10 @@ class EndpointPlugin:
         Raises:
             KvistError: there is to be a tokens file, and it cannot be used; the server does not start.
         """
-        self._door.configure(_tokens_file(engine_client), args)
+        self._door.configure(_tokens_file(engine_client), _listening(args))
         if self._door.refusal is not None:
             log.warning("%s", self._door.refusal)
-        self._snapshots.attach(engine_client)
+        self._snapshots.attach(_engine(engine_client))
         self._cartridges.attach(engine_client)
         if engine_client is not None:
             self._opening = asyncio.create_task(self._open())
@@ -110,7 +112,7 @@ class KvistMiddleware:
         self._cartridges = Cartridges()
         self._routes = metered(routes(self._snapshots, prefix=PREFIX))
         self._routes_of_cartridges = metered(routes_of_cartridges(self._cartridges, prefix=CARTRIDGES_PREFIX))
-        self._door = Door()
+        self._door = Door(VLLM)
         self._resume = Resume(app, self._snapshots, self._door)
         self._gate = Gate(self._inside, self._door, self._snapshots.salt_of)
 
@@ -119,7 +121,8 @@ class KvistMiddleware:
         if scope["type"] in ("http", "websocket"):
             state = scope["app"].state
             try:
-                self._door.configure(_tokens_file(getattr(state, "engine_client", None)), getattr(state, "args", None))
+                tokens = _tokens_file(getattr(state, "engine_client", None))
+                self._door.configure(tokens, _listening(getattr(state, "args", None)))
             except KvistError as error:
                 return await error_response(closed(error))(scope, receive, send)
         return await self._gate(scope, receive, send)
@@ -130,7 +133,7 @@ class KvistMiddleware:
         path = path_of(scope)
         is_cartridges = path.startswith(f"{CARTRIDGES_PREFIX}/")
         is_ours = is_cartridges or path.startswith(f"{PREFIX}/")
-        if not is_ours and not may_name_a_snapshot(scope):
+        if not is_ours and not may_name_a_snapshot(scope, VLLM):
             return await self.app(scope, receive, send)
         state = scope["app"].state
         try:
@@ -141,49 +144,10 @@ class KvistMiddleware:
             refusal: ASGIApp = JSONResponse({"error": "Unauthorized"}, 401) if is_ours else self.app
             return await refusal(scope, receive, send)
         engine = getattr(state, "engine_client", None)
-        self._snapshots.attach(engine)
+        self._snapshots.attach(_engine(engine))
         self._cartridges.attach(engine)
         ours = self._routes_of_cartridges if is_cartridges else self._routes
         return await (ours if is_ours else self._resume)(dict(scope), receive, send)
-
-
-def routes(snapshots: Snapshots, *, prefix: str = "", body_max: int = BODY_MAX) -> Starlette:
-    """The routes, below ``prefix``."""
-
-    async def snapshot(request: Request) -> Response:
-        body = await read_body(request, SnapshotBody, body_max)
-        require_own(body.request_id or body.sequence, grant_of(request))
-        return json_response(await snapshots.snapshot(body))
-
-    async def checkout(request: Request) -> Response:
-        return json_response(await snapshots.checkout(await read_body(request, VllmCheckoutBody, body_max)))
-
-    async def fork(request: Request) -> Response:
-        return await (await snapshots.history(body_max, grant_of(request).tenant)).fork(request)
-
-    async def log(request: Request) -> Response:
-        return await (await snapshots.history(tenant=grant_of(request).tenant)).log(request)
-
-    async def show(request: Request) -> Response:
-        return await (await snapshots.history(tenant=grant_of(request).tenant)).show(request)
-
-    async def lineage(request: Request) -> Response:
-        return await (await snapshots.history(tenant=grant_of(request).tenant)).lineage(request)
-
-    async def stats(request: Request) -> Response:
-        return json_response(await snapshots.stats())
-
-    return application(
-        [
-            ("POST", f"{prefix}/snapshot", snapshot),
-            ("POST", f"{prefix}/checkout", checkout),
-            ("POST", f"{prefix}/fork", fork),
-            ("GET", f"{prefix}/snapshots", log),
-            ("GET", f"{prefix}/snapshots/{{rev:path}}", show),
-            ("GET", f"{prefix}/lineage", lineage),
-            ("GET", f"{prefix}/stats", stats),
-        ]
-    )
 
 
 def routes_of_cartridges(cartridges: Cartridges, *, prefix: str = "", body_max: int = BODY_MAX) -> Starlette:
@@ -200,7 +164,20 @@ def routes_of_cartridges(cartridges: Cartridges, *, prefix: str = "", body_max: 
 
 def _tokens_file(engine: EngineClient | None) -> str | None:
     """The tokens file that is configured."""
-    return (Core(engine).option("tokens") if engine is not None else None) or os.environ.get(TOKENS)
+    return (VllmEngine(engine).option("tokens") if engine is not None else None) or os.environ.get(TOKENS)
+
+
+def _engine(client: EngineClient | None) -> VllmEngine | None:
+    return None if client is None else VllmEngine(client)
+
+
+def _listening(args: Any) -> Listening | None:
+    """What vLLM's arguments say of where it listens; ``None``: there are none yet."""
+    if args is None:
+        return None
+    host = getattr(args, "host", None)
+    has_key = bool(getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY"))
+    return Listening(host if isinstance(host, str) else None, bool(getattr(args, "uds", None)), has_key)
 
 
 # -- the API key -------------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from kvist.cartridge.manifest import CartridgeManifest
 from kvist.cartridge.model import ModelIdentity
 from kvist.cartridge.placing import Prefix, PrefixMode, is_placed, parse_mode, skips
 from kvist.cartridge.routing import CartridgeRouter, Selection
-from kvist.cartridge.sharding import rank_heads
 from kvist.engines.vllm.cartridges.documents import Documents
 from kvist.engines.vllm.cartridges.fields import PREFIX_KEY, check_fields, wanted_mode
 from kvist.engines.vllm.cartridges.placing import SALT, Asked, Placed, Placement, Served, check_unmarked, salt_of
 from kvist.errors import CartridgeNotReady, InvalidInput, UnknownCartridge
+from kvist.pager.sharding import rank_heads
 
 log = logging.getLogger("kvist.vllm")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from kvist.engines.vllm.messages import Load
+from kvist.engines.paged.plans import Load
 
 
 @dataclass

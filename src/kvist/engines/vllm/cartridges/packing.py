@@ -16,11 +16,12 @@ import torch
 
 from kvist.cartridge.manifest import CartridgeManifest
 from kvist.cartridge.model import LAYOUT_DTYPES
-from kvist.cartridge.sharding import rank_heads
-from kvist.engines.vllm.matching import first_block, window_of
-from kvist.engines.vllm.pages import Done, GroupPages, halves
+from kvist.engines.paged.matching import first_block, window_of
+from kvist.engines.paged.pages import Done, GroupPages
+from kvist.engines.vllm.pages import halves
 from kvist.errors import LayoutMismatch
 from kvist.layout import Layout
+from kvist.pager.sharding import rank_heads
 
 _CHUNK: Final = 16 << 20
 """Bytes of a scratch cache."""

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvist.engines.paged.matching import blocks_of, window_of
+from kvist.engines.paged.plans import Load, Place
 from kvist.engines.vllm import internals, requests
 from kvist.engines.vllm.cartridges.messages import InjectPlan
 from kvist.engines.vllm.cartridges.placing import KEY, Standing
 from kvist.engines.vllm.internals import Blocks
-from kvist.engines.vllm.matching import blocks_of, window_of
-from kvist.engines.vllm.messages import Load, Place, StepReport
+from kvist.engines.vllm.messages import StepReport
 from kvist.layout import Layout
 
 log = logging.getLogger("kvist.vllm")

@@ -21,12 +21,14 @@ from kvist.cartridge.library import Entry
 from kvist.cartridge.manifest_file import read_manifest
 from kvist.cartridge.reading import Loader
 from kvist.cartridge.residency import Residency
-from kvist.engines.vllm.arrivals import Arrivals
+from kvist.engines.paged.arrivals import Arrivals
+from kvist.engines.paged.pages import Done, GroupPages
+from kvist.engines.paged.plans import Load
+from kvist.engines.paged.staging import unbind
 from kvist.engines.vllm.cartridges.messages import InjectPlan
 from kvist.engines.vllm.cartridges.packing import Packed, Packer, layers_of
-from kvist.engines.vllm.messages import Load, StepReport
-from kvist.engines.vllm.pages import Done, GroupPages
-from kvist.engines.vllm.staging import unbind
+from kvist.engines.vllm.messages import StepReport
+from kvist.engines.vllm.pages import pages_of
 from kvist.errors import EngineError, InvalidInput, KvistError, NotFound
 from kvist.layout import Layout
 
@@ -79,7 +81,7 @@ class CartridgeWorker:
             InvalidInput: a configured cartridge is larger than all the memory for cartridges.
         """
         self._groups = [
-            GroupPages(layout, [caches[name] for name in names], blocks)
+            pages_of(layout, [caches[name] for name in names], blocks)
             for layout, names in zip(self.layouts, groups, strict=True)
         ]
         self._on_device = any(cache.device.type != "cpu" for cache in caches.values())
@@ -139,7 +141,7 @@ class CartridgeWorker:
 
     def take_report(self) -> StepReport | None:
         """See `Arrivals.take_report`."""
-        return self.arrivals.take_report()
+        return StepReport.of(self.arrivals.take_report())
 
     # -- in threads ----------------------------------------------------------------------------------------------
 
