@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,7 +172,7 @@ def test_nobody_waits_twice_for_a_registry_that_does_not_answer(
     """One asks; those who came meanwhile, or come in the seconds after, do not."""
     add(registry, tmp_path, "law")
     library, asked, may_fail, now = Library(registry=registry), threading.Semaphore(0), threading.Event(), [100.0]
-    monkeypatch.setattr("kvist.cartridge.library.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("kvist.cartridge.library.time", SimpleNamespace(monotonic=lambda: now[0]))
     calls: list[int] = []
 
     def hangs() -> int:

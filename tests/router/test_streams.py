@@ -23,7 +23,7 @@ from kvist.router.index import Index
 from kvist.router.publish import END, Publisher
 from kvist.router.subscribe import Subscriber
 from kvist.router.wire import sglang, vllm
-from router.waiting import until
+from router.waiting import publish_until_heard, until
 
 SIZE = 4
 
@@ -83,10 +83,7 @@ def test_what_is_published_is_in_the_index(subscriber: Subscriber[Index]) -> Non
 def test_lost_batches_are_replayed(subscriber: Subscriber[Index]) -> None:
     with Lossy(block_size=SIZE) as publisher:
         subscriber.follow(1, publisher.endpoint, publisher.replay_endpoint)
-        first = publisher.publish([stored(1)])
-        while (stats := subscriber.stats(1)).batches <= stats.replayed:  # a publisher hears late of who listens
-            first = publisher.publish([stored(1)])
-            assert subscriber.wait(1, first)
+        first = publish_until_heard(publisher, subscriber, stored(1))
         publisher.lost = range(first + 5, first + 40)
         for name in range(2, 60):
             publisher.publish([stored(name, name - 1)])
