@@ -119,10 +119,11 @@ def main() -> None:
         print(f"{layout}: {args.pages} pages of {nbytes / args.pages / 1e6:.1f} MB")
         for name, (write_s, read_s) in best.items():
             to_file = [theirs / ours for theirs, ours in zip(best["file"], (write_s, read_s), strict=True)]
-            speeds = [nbytes / seconds / 1e9 for seconds in (write_s, read_s)]
-            print(
-                f"  {name:16} write {speeds[0]:5.2f} GB/s x{to_file[0]:.2f}   read {speeds[1]:5.2f} GB/s x{to_file[1]:.2f}"
-            )
+            told = [
+                f"{what} {nbytes / seconds / 1e9:5.2f} GB/s x{ratio:.2f}"
+                for what, seconds, ratio in zip(("write", "read"), (write_s, read_s), to_file, strict=True)
+            ]
+            print(f"  {name:16} {'   '.join(told)}")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def test_plans_and_converts(story: Kvist) -> None:
         "read_bytes": 6 * LAYOUT.page_bytes,
         "made_bytes": 4 * WIDE.page_bytes,
         "existing": None,
+        "mends": False,
         "applied": False,
         "cid": None,
         "new_bytes": 0,

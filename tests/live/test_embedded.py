@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from kvist.testing.live import LiveServer
 from kvist.testing.models import make_model, make_tokenizer
@@ -21,8 +22,9 @@ class Embedded(LiveScenario):
         return Worker(model, store, "--page-size", str(cls.page_size), "--pages", "4096", "--threads", "1").wait()
 
     @classmethod
-    def make_model(cls, directory: Path) -> Path:
-        return make_tokenizer(make_model(directory, layers=2, hidden=64, heads=4, kv_heads=2, dtype="bfloat16"))
+    def make_model(cls, directory: Path, *, seed: int = 0) -> Path:
+        shape: dict[str, Any] = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "dtype": "bfloat16"}
+        return make_tokenizer(make_model(directory, **shape, seed=seed))
 
 
 class TestReplay(Embedded, ReplayScenario):

@@ -259,12 +259,13 @@ def test_again_is_nothing_new_unless_something_is_damaged() -> None:
         assert plan.existing == cid and convert.apply(repo, plan).cid == cid
         assert convert.plan(repo, "main", ask(page_size_tokens=8), branch="other").existing is None
         with pytest.raises(Conflict, match="does not continue"):
-            converted(repo, "main", ask(page_size_tokens=2))
+            convert.plan(repo, "main", ask(page_size_tokens=2))
         (manifest,) = repo.manifests(cid)
         flip_page(repo.store, manifest.pages[1].k)
         assert repo.pages.verify([manifest.pages[1].k])
-        assert convert.plan(repo, "main", ask(page_size_tokens=8)).existing is None
-        assert converted(repo, "main", ask(page_size_tokens=8), "mended") != cid
+        again = convert.plan(repo, "main", ask(page_size_tokens=8))
+        assert again.existing == cid and again.mends and not plan.mends
+        assert convert.apply(repo, again) == convert.Converted(cid, again.layout.page_bytes)
         made.require(repo, cid)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvist.engines.hf import Engine
+from kvist.pager.convert import layouts_of
 from kvist.repo import RefKind, gc, lease
 
 from .conftest import Api, error_of, serving
@@ -46,6 +47,12 @@ def test_twelve_forks_equal_the_main_line(own: Api) -> None:
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == len(PROMPT) + 9
         child = own.fork("snapshot", request_id=answer["id"])
         assert child["parents"] == [own.get(f"/v1/processfork/snapshots/{rev}")["cid"]]
+
+
+def test_tells_the_layout_of_its_pages(own: Api) -> None:
+    answer = own.http.get("/v1/processfork/layout")
+    assert layouts_of(answer.content, "answer") == [own.engine.layout]
+    assert answer.json()["numerics"] == own.engine.numerics()
 
 
 def test_another_engine_continues_bit_for_bit(

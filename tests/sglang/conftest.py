@@ -30,7 +30,7 @@ _notes: list[str] = []
 @functools.cache
 def has_sglang() -> bool:
     """Whether the interpreter has it."""
-    look = "import importlib.util as u; raise SystemExit(u.find_spec('sglang') is None)"
+    look = "import importlib.metadata as m; raise SystemExit(not any(m.distributions(name='sglang')))"
     return subprocess.run([PYTHON, "-c", look], check=False).returncode == 0
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from kvist.errors import EngineError
 from kvist.repo.repository import Repository
 from kvist.testing.live import LiveServer
 from kvist.testing.models import make_shape
@@ -170,7 +171,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         warm = [ask(first, prompt) for prompt in prompts]
         wait_for(store, 3 * WHOLE // PAGE)
         first.kill()
-    with HiCacheServer(model, "page_first_direct", options(store, interface_v1=1)) as second:
+    (place / "hicache.json").write_text(options(store, interface_v1=1))
+    with HiCacheServer(model, "page_first_direct", f"@{place / 'hicache.json'}") as second:
         yield World(store, prompts, cold, warm, second)
 
 
@@ -234,3 +236,9 @@ def test_clear_forgets_what_is_stored(world: World) -> None:
     assert world.server.http.post("/hicache/storage-backend/clear").status_code == 200
     assert stored(world.store) == 0
     assert ask(world.server, world.prompts[1]).cached == 0
+
+
+def test_a_start_is_refused_by_name(tmp_path: Path) -> None:
+    model = make_shape(tmp_path / "model", "tiny", dtype="bfloat16")
+    with pytest.raises(EngineError, match=r"expected store, max_bytes, .*got stor\b"):
+        HiCacheServer(model, "layer_first", options(tmp_path / "store", stor="x")).wait()

@@ -66,6 +66,8 @@ def _tell(run: Invocation, plan: ConversionPlan, done: Converted | None) -> None
             yield from (f"{name} does not keep: {text}" for text in texts)
         if done is None:
             yield f"would read {plan.read_bytes:,} bytes and make {plan.made_bytes:,}, on branch {plan.branch}"
+        elif plan.mends:
+            yield (Styled("mended", "green"), f" branch {plan.branch}: {done.new_bytes:,} bytes of its pages were gone")
         elif plan.existing is not None:
             yield ("nothing to convert: branch ", plan.branch, " is that already, ", Styled(short(done.cid), "yellow"))
         else:

@@ -27,8 +27,8 @@ class ConversionPlan:
         left_out: pages that no sequence names: blocks of a prefix cache, whose tokens nobody knows.
         branch: where it goes.
         name: what the source is called, and so the new one.
-        existing: cid of the branch's tip, where that is this very conversion and has all its pages; then nothing is
-            to be done.
+        existing: cid of the branch's tip, where that is this very conversion already.
+        mends: some of its pages are missing or known to be damaged: they are made anew, and nothing else is done.
     """
 
     source: str
@@ -43,6 +43,7 @@ class ConversionPlan:
     branch: str
     name: str | None
     existing: str | None = None
+    mends: bool = False
 
     @property
     def repager(self) -> Repager:
@@ -96,6 +97,7 @@ class ConversionPlan:
             "read_bytes": self.read_bytes,
             "made_bytes": self.made_bytes,
             "existing": self.existing,
+            "mends": self.mends,
         }
 
 

@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from kvist.errors import InvalidInput, LayoutMismatch, NotFound, PrunedSnapshot, UnsupportedModel
+from kvist.errors import Conflict, InvalidInput, LayoutMismatch, NotFound, PrunedSnapshot, UnsupportedModel
 from kvist.ids import check_name, short
 from kvist.layout import REPAGED, Layout
 from kvist.pager.carry import carry, numerics
@@ -34,7 +34,7 @@ BRANCHES: Final = "converted/"
 """Branches of converted snapshots begin so, where none was named."""
 
 WINDOW: Final = 64 << 20
-"""Bytes of old and new pages together that are in hand at a time; converting takes about three times as much."""
+"""Bytes of old and new pages together that are in hand at a time; converting takes about twice as much memory."""
 
 Progress = Callable[[int, int], None]
 
@@ -108,6 +108,7 @@ def plan(repo: Repository, rev: str, wanted: Sequence[Layout], *, branch: str | 
         UntrustedSnapshot: the repository has such a policy, and no trusted key signed it.
         PrunedSnapshot: its pages are gone.
         InvalidInput: it has that layout already, or it has no sequences.
+        Conflict: the branch names something else.
         LayoutMismatch: the layouts are not of one model, revision and dtype, or heads do not fit.
         UnsupportedModel: sliding or latent attention, several groups, fp8, or an order that only its engine can read.
     """
@@ -150,7 +151,8 @@ def plan(repo: Repository, rev: str, wanted: Sequence[Layout], *, branch: str | 
         branch=branch,
         name=snapshot.name,
     )
-    return dataclasses.replace(found, existing=_existing(repo, found))
+    existing = _existing(repo, found)
+    return dataclasses.replace(found, existing=existing, mends=existing is not None and not _is_whole(repo, existing))
 
 
 class _Tables:
@@ -207,20 +209,37 @@ class _Tables:
 
 
 def _existing(repo: Repository, plan: ConversionPlan) -> str | None:
-    """The tip of the plan's branch, if it is what the plan would make, and whole."""
+    """The tip of the plan's branch, if that is what the plan would make.
+
+    Raises:
+        Conflict: it is something else, and nothing that the source continues.
+    """
     tip = repo.refs.read(RefKind.BRANCH, plan.branch)
-    if tip is None or tip.cid is None or repo.snapshot(tip.cid).parents != (plan.source,):
+    if tip is None or tip.cid is None:
         return None
+    if repo.snapshot(tip.cid).parents == (plan.source,) and _is_made(repo, plan, tip.cid):
+        return tip.cid
+    if tip.cid not in repo.reachable([plan.source]):
+        raise Conflict(
+            f"branch {plan.branch} names {tip.cid}, which {plan.source} does not continue",
+            hint="say --as BRANCH, with another branch",
+        )
+    return None
+
+
+def _is_made(repo: Repository, plan: ConversionPlan, cid: str) -> bool:
+    """Whether a snapshot says what the plan's would."""
     try:
-        ranks = repo.manifests(tip.cid)
+        ranks = repo.manifests(cid)
     except PrunedSnapshot:
-        return None
-    is_it = [rank.layout for rank in ranks] == _ranks_of(plan.layout) and all(
-        rank.sequences == _manifest(plan, rank.layout, rank.pages).sequences and rank.numerics == plan.numerics
-        for rank in ranks
+        return False
+    return [rank.layout for rank in ranks] == _ranks_of(plan.layout) and all(
+        (rank.sequences, rank.numerics) == (plan.sequences, plan.numerics) for rank in ranks
     )
-    is_whole = all(repo.pages.size(digest) is not None for rank in ranks for digest in rank.digests)
-    return tip.cid if is_it and is_whole else None
+
+
+def _is_whole(repo: Repository, cid: str) -> bool:
+    return all(repo.pages.size(digest) is not None for rank in repo.manifests(cid) for digest in rank.digests)
 
 
 # -- applying ----------------------------------------------------------------------------------------------------
@@ -239,10 +258,10 @@ def apply(
 
     Raises:
         MissingPage, DamagedPage: a page of the source cannot be had; no snapshot was made.
-        Conflict: the branch does not name the source or what it continues, or a gc took what is needed; retry.
+        Conflict: the branch moved meanwhile, or a gc took what is needed; retry.
         StoreFull, …: see `Repository.commit`.
     """
-    if plan.existing is not None:
+    if plan.existing is not None and not plan.mends:
         return Converted(plan.existing, 0)
     with operation("convert", cid=plan.source) as told:
         repager, done, new_bytes = plan.repager, 0, 0
@@ -257,9 +276,9 @@ def apply(
             done, new_bytes = done + flat.nbytes, new_bytes + put.new_bytes
             if progress is not None:
                 progress(done, plan.made_bytes)
-        snapshot = _commit(repo, plan, entries)
+        cid = plan.existing if plan.existing is not None else _commit(repo, plan, entries).cid
         told.add(nbytes=new_bytes, pages=2 * len(plan.runs) * plan.layout.tp_size)
-    return Converted(snapshot.cid, new_bytes)
+    return Converted(cid, new_bytes)
 
 
 def _commit(repo: Repository, plan: ConversionPlan, entries: Sequence[Sequence[PageEntry]]) -> Snapshot:

@@ -55,7 +55,7 @@ class BodyTooLarge(InvalidInput):
 
 
 class NoConnector(EngineError):
-    """A server of vLLM whose engine was started without kvist's connector, or without its plugin."""
+    """An engine that was started without kvist's connector, or without its plugin."""
 
     kind = "no_connector"
 

@@ -36,6 +36,7 @@ ROUTES = [
     ("GET", f"{PATH}/snapshots", None),
     ("GET", f"{PATH}/snapshots/demo", None),
     ("GET", f"{PATH}/lineage", None),
+    ("GET", f"{PATH}/layout", None),
     ("POST", "/v1/completions", {"kv_transfer_params": {"snapshot": "demo"}}),
 ]
 OF_CARTRIDGES: list[tuple[str, str, Any]] = [

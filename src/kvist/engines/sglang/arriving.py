@@ -168,30 +168,22 @@ class Arriving:
         return self._taking(*found, ids) if found[1].cached else None
 
     def _best(self, request: Any) -> _Match | None:
-        """The longest of what the prefix cache and the snapshots have for a request.
-
-        On a tie a snapshot goes before what was computed here, since its pages continue bit for bit.
-        """
+        """The longest of what the prefix cache and the snapshots have for a request; ``None``: the former's."""
         ids, own = list(request.origin_input_ids), requests.own_salt(request)
         names: list[bytes] = []
         extend_block_hashes(names, ids, self._size, salt=digest(own) or "")
-        local, _ = internals.match(self._tree, ids[:-1], request.extra_key, request.cache_salt)
-        best, most = None, local - 1
-        for checkout in self._checkouts.distinct():
-            stored = checkout.longest(ids, digest(own))
-            chain = checkout.chain(names, len(ids) - 1)
-            found: _Match | None = None
-            if stored is not None and stored.cached >= chain:
-                found = self._taking(checkout, stored, ids)
-            elif chain:
-                taken = names[: chain // self._size]
-                found = _Match(checkout, chain, [checkout.by_hash[0][name] for name in taken], None, taken)
-            if found is None:
-                continue
-            reached, _ = internals.match(self._tree, ids[:-1], request.extra_key, checkout.salt(own))
-            if max(found.tokens, reached) > most:
-                best, most = found, max(found.tokens, reached)
-        return best
+
+        def reach(checkout: Checkout | None) -> int:
+            salt = request.cache_salt if checkout is None else checkout.salt(own)
+            return internals.match(self._tree, ids[:-1], request.extra_key, salt)[0]
+
+        found = self._checkouts.best(ids, names, own, reach)
+        if found is None:
+            return None
+        if found.stored is not None:
+            return self._taking(found.checkout, found.stored, ids)
+        taken = names[: found.tokens // self._size]
+        return _Match(found.checkout, found.tokens, [found.checkout.by_hash[0][name] for name in taken], None, taken)
 
     def _taking(self, checkout: Checkout, stored: Stored, ids: list[int]) -> _Match:
         names: list[bytes] = []
@@ -249,7 +241,7 @@ class Arriving:
             return
         held.slots = slots
         pages = slots[:: self._size] // self._size
-        places = []
+        places: list[tuple[Place, int | str]] = []
         for number, page, generation in zip(numbers, pages.tolist(), self._generations.of(pages).tolist(), strict=True):
             fill = min(self._size, match.tokens - number * self._size)
             name = match.names[number].hex() if number < len(match.names) else None

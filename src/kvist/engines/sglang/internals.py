@@ -211,15 +211,15 @@ def layers(allocator: Any) -> tuple[list[list[torch.Tensor]], int]:
     ], pages
 
 
-def take(scheduler_side: Any, pages: int) -> torch.Tensor | None:
+def take(scheduler: Any, pages: int) -> torch.Tensor | None:
     """Slots of so many free pages, in order, after evicting what nobody holds; ``None``: there is no room now.
 
     Args:
-        scheduler_side: what has the tree and the allocator: SGLang's scheduler.
+        scheduler: SGLang's.
         pages: how many.
     """
-    allocator = scheduler_side.token_to_kv_pool_allocator
-    evict_from_tree_cache(scheduler_side.tree_cache, pages * allocator.page_size)
+    allocator = scheduler.token_to_kv_pool_allocator
+    evict_from_tree_cache(scheduler.tree_cache, pages * allocator.page_size)
     slots: torch.Tensor | None = allocator.alloc(pages * allocator.page_size)
     return slots
 
@@ -298,11 +298,12 @@ def computed(request: Any) -> int:
     if not request.kv.holds_kv:
         return 0
     known = len(request.origin_input_ids) + len(request.output_ids_through_stop)
-    return max(0, min(request.kv.kv_committed_len, known - 1))
+    return max(0, min(int(request.kv.kv_committed_len), known - 1))
 
 
 def pages(scheduler: Any, request: Any, tokens: int) -> torch.Tensor:
     """The pages that hold the first ``tokens`` tokens of a request; a copy, on the pool's device."""
     size = scheduler.token_to_kv_pool_allocator.page_size
-    row = scheduler.req_to_token_pool.req_to_token[request.kv.req_pool_idx]
-    return row[:tokens:size].to(torch.int64) // size
+    row: torch.Tensor = scheduler.req_to_token_pool.req_to_token[request.kv.req_pool_idx]
+    found: torch.Tensor = row[:tokens:size].to(torch.int64) // size
+    return found

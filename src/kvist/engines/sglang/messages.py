@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.managers import io_struct
 
 
-class KvistReqInput(io_struct.BaseReq, kw_only=True):
+class KvistReqInput(io_struct.BaseReq, kw_only=True):  # type: ignore[call-arg]  # msgspec's
     """A call.
 
     Attributes:
@@ -21,7 +21,7 @@ class KvistReqInput(io_struct.BaseReq, kw_only=True):
     payload: dict[str, Any]
 
 
-class KvistReqOutput(io_struct.BaseReq, kw_only=True):
+class KvistReqOutput(io_struct.BaseReq, kw_only=True):  # type: ignore[call-arg]
     """The answer to a call.
 
     Attributes:

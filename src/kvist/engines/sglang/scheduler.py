@@ -23,7 +23,7 @@ from kvist.engines.paged.matching import Stored
 from kvist.engines.paged.mover import PageMover
 from kvist.engines.paged.pages import GroupPages
 from kvist.engines.paged.plans import CapturePlan, Place, SequencePlan
-from kvist.engines.paged.requests import sequence_id, told_apart
+from kvist.engines.paged.requests import newest, sequence_id, told_apart
 from kvist.engines.sglang import internals, requests
 from kvist.engines.sglang.arriving import Arriving
 from kvist.engines.sglang.generations import Generations
@@ -111,10 +111,6 @@ class SchedulerSide:
 
         return answers.answer(op, work)
 
-    def describe(self) -> Mapping[str, Any]:
-        """See `answers.Engine`."""
-        return {"sglang": internals.release()}
-
     def must_pause(self, wanted: str | None) -> bool:
         """Between two steps SGLang stands still, and what a request draws follows from its seed and position."""
         return False
@@ -168,7 +164,8 @@ class SchedulerSide:
             ended = [done for done in reversed(self._finished.values()) if requests.is_called(done.rid, wanted)]
             if not ended:
                 raise NotFound(f"no live or recently finished request {wanted!r}", hint="name it by X-Request-Id")
-            sequences = [self._ended(done, places) for done in _newest(ended)]
+            meant = {requests.whole(done.rid) for done in newest(ended, lambda done: requests.name(done.rid))}
+            sequences = [self._ended(done, places) for done in ended if requests.whole(done.rid) in meant]
         if wanted is None:
             for done in self._finished.values():
                 self._ended(done, places, whole=True)
@@ -250,11 +247,3 @@ class SchedulerSide:
                 name = names[number].hex() if number < len(names) else None
                 places[page] = Place(0, page, generation, fill, name)
         return SequencePlan(sequence_id(requests.name(rid)), rid, token_ids, cached, [(0, pages)], state)
-
-
-def _newest(ended: Sequence[_Finished]) -> list[_Finished]:
-    """Of each name the request that comes first, with all of its samples."""
-    found: dict[str, str] = {}
-    for done in ended:
-        found.setdefault(requests.name(done.rid), requests.whole(done.rid))
-    return [done for done in ended if found[requests.name(done.rid)] == requests.whole(done.rid)]

@@ -6,21 +6,21 @@ index, which a thread of its own refreshes. Knows blocks, requests and hashes; m
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from kvist.engines.paged.checkouts import Checkouts
 from kvist.engines.paged.index import PrefixIndex
-from kvist.engines.paged.matching import Checkout, Stored, blocks_of, chain_tokens, first_block, starts_with, window_of
+from kvist.engines.paged.matching import Checkout, Stored, blocks_of, chain_tokens, starts_with, window_of
 from kvist.engines.paged.plans import CapturePlan, Load, Place, SequencePlan
-from kvist.engines.paged.requests import digest, newest, told_apart
+from kvist.engines.paged.requests import digest
 from kvist.engines.vllm import internals, requests
 from kvist.engines.vllm.cartridges.placing import salt_of
+from kvist.engines.vllm.holding import Holding, Places
 from kvist.engines.vllm.internals import Blocks
 from kvist.engines.vllm.messages import Start, StepPlan, StepReport
 from kvist.errors import NotFound
@@ -28,8 +28,6 @@ from kvist.layout import Layout
 
 log = logging.getLogger("kvist.vllm")
 
-FINISHED_MAX: Final = 1024
-"""Finished requests that can still be snapshotted, as far as their blocks are in place."""
 _RESEND_S: Final = 10.0
 
 
@@ -56,23 +54,6 @@ class Match:
     is_decided: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A request that has ended: what a snapshot of it needs."""
-
-    sequence: SequencePlan
-    generations: list[list[int]]
-    names: list[str]
-
-
-@dataclass(slots=True)
-class _Held:
-    """Blocks of a capture: those that are pinned, and the pages of those that are not."""
-
-    pinned: list[int]
-    loose: list[Place]
-
-
 class SchedulerSide:
     """See the module.
 
@@ -88,6 +69,7 @@ class SchedulerSide:
         self._index = index  # of the durable prefix cache
         self._manager: Any = None
         self.blocks: Blocks | None = None
+        self._holding: Holding | None = None
         self._checkouts = Checkouts(self.windows, self._size)
         self._live: dict[str, Any] = {}  # vLLM's requests, from arrival to end
         self._matches: dict[str, Match] = {}
@@ -95,14 +77,10 @@ class SchedulerSide:
         self._prompts: dict[str, int] = {}  # of requests that go on: how much was prompt at the very first
         self._salts: dict[str, str | None] = {}  # of restored requests: the salt they came with
         self._loading: dict[str, set[_Wanted]] = {}
-        self._finished: OrderedDict[str, Finished] = OrderedDict()
-        self._captures: dict[str, _Held] = {}
         self._names: OrderedDict[bytes, str] = OrderedDict()  # of blocks under a restored request's salt: without it
-        self._tails: list[int] = []  # partly filled last blocks of requests that just ended
         self._saved: dict[str, int] = {}
         self._sent: OrderedDict[tuple[int, bytes], float] = OrderedDict()
         self._plan = StepPlan()
-        self._numbers = itertools.count(1)
 
     def bind_pool(self, pool: Any) -> None:
         """The block pool, once it exists.
@@ -111,6 +89,7 @@ class SchedulerSide:
             UnsupportedModel: blocks are hashed in other sizes than they are kept.
         """
         self.blocks = Blocks(pool, self._size)
+        self._holding = Holding(self.blocks, self.windows, self._size)
 
     def bind(self, manager: Any) -> None:
         """The scheduler's cache manager, once it is known: 0.28 does not tell, so every call brings it."""
@@ -231,10 +210,8 @@ class SchedulerSide:
             for request_id in output.num_scheduled_tokens:
                 self._save(request_id)
             self._index.step_begins(output.total_num_scheduled_tokens)
-        if self._tails and self.blocks is not None:  # once their requests have let go of them
-            free = self.blocks.only_pinned(self._tails)
-            self.blocks.linger(free)
-            self._tails = [block for block in self._tails if block not in free]
+        if self._holding is not None:
+            self._holding.settle()
         plan, self._plan = self._plan, StepPlan()
         return plan
 
@@ -268,19 +245,9 @@ class SchedulerSide:
         """A request has ended; its blocks are about to be let go."""
         request_id = request.request_id
         # vLLM has set the request's state to finished by now, so only we know that its blocks are not filled
-        if internals.is_plain(request) and self.blocks is not None and request_id not in self._loading:
-            sequence = self._sequence(request, block_ids, finished=True)
+        if internals.is_plain(request) and self._holding is not None and request_id not in self._loading:
             names = [name.hex() for name in self._base_hashes(request)]
-            blocks = [ids for _, ids in sequence.blocks]
-            self._finished[request_id] = Finished(
-                sequence, [[self.blocks.generation[block] for block in ids] for ids in blocks], names
-            )
-            while len(self._finished) > FINISHED_MAX:
-                self._finished.popitem(last=False)
-            if sequence.cached % self._size and self.blocks.can_linger:
-                tails = [ids[-1] for ids in blocks if ids]
-                self.blocks.pin(tails)
-                self._tails += tails
+            self._holding.end(self._sequence(request, block_ids, finished=True), names)
             self._remember(request)
             if self._index is not None:
                 self._save(request_id)
@@ -300,7 +267,8 @@ class SchedulerSide:
         """
         self._checkouts.clear()
         self._matches.clear()
-        self._finished.clear()
+        if self._holding is not None:
+            self._holding.forget()
         if self._index is not None:
             log.warning("caches were cleared: the durable prefix cache is off until a restart")
             self._index.close()
@@ -371,42 +339,34 @@ class SchedulerSide:
         Raises:
             NotFound: no such request.
         """
-        assert self.blocks is not None
+        assert self._holding is not None
         live = [request for request in self._live.values() if internals.is_plain(request)]
         if wanted is not None:
             live = [request for request in live if requests.is_called(request.request_id, wanted)]
-        places: dict[tuple[int, int], Place] = {}
+        places: Places = {}
         sequences = [self._running(request, places) for request in live]
         if wanted is not None and not live:
-            ended = [done for name, done in reversed(self._finished.items()) if requests.is_called(name, wanted)]
-            if not ended:
+            sequences = self._holding.ended(lambda name: requests.is_called(name, wanted), places)
+            if not sequences:
                 raise NotFound(f"no live or recently finished request {wanted!r}", hint="name it by X-Request-Id")
-            sequences = [self._ended(done, places) for done in newest(ended, lambda done: done.sequence.id)]
-        pinned = [block for _, block in places]
-        self.blocks.pin(pinned)
-        if wanted is None:
-            for block, group, name in self.blocks.cached():
-                if (group, block) not in places:
-                    place = Place(group, block, self.blocks.generation[block], self._size, self._base_name(name))
-                    places[group, block] = place
-        capture = f"capture-{next(self._numbers)}"
-        self._captures[capture] = _Held(pinned, list(places.values())[len(pinned) :])
-        return CapturePlan(capture, list(places.values()), told_apart(sequences))
+        return self._holding.capture(sequences, places, self._cached(places) if wanted is None else ())
+
+    def _cached(self, places: Places) -> Iterator[Place]:
+        """What the prefix cache holds beside ``places``."""
+        assert self.blocks is not None
+        for block, group, name in self.blocks.cached():
+            if (group, block) not in places:
+                yield Place(group, block, self.blocks.generation[block], self._size, self._base_name(name))
 
     def gone(self, capture: str) -> list[tuple[int, int]]:
-        """Group and block of the pages of a capture that are lost since the last call: their block was reused."""
-        assert self.blocks is not None
-        held, generation = self._captures[capture], self.blocks.generation
-        gone = [place for place in held.loose if generation[place.block] != place.generation]
-        if gone:
-            held.loose = [place for place in held.loose if generation[place.block] == place.generation]
-        return [(place.group, place.block) for place in gone]
+        """See `Holding.gone`."""
+        assert self._holding is not None
+        return self._holding.gone(capture)
 
     def release(self, capture: str) -> None:
         """Let go of what a capture pinned. Idempotent."""
-        held = self._captures.pop(capture, None)
-        if held is not None and self.blocks is not None:
-            self.blocks.unpin(held.pinned)
+        assert self._holding is not None
+        self._holding.release(capture)
 
     def draws(self, wanted: str | None) -> bool:
         """Whether a capture would hold a live sequence that draws with a generator."""
@@ -416,41 +376,11 @@ class SchedulerSide:
             for request in self._live.values()
         )
 
-    def _running(self, request: Any, places: dict[tuple[int, int], Place]) -> SequencePlan:
-        tables = self._manager.get_block_ids(request.request_id)
-        sequence = self._sequence(request, tables, finished=False)
-        self._add_places(sequence, [name.hex() for name in self._base_hashes(request)], places)
+    def _running(self, request: Any, places: Places) -> SequencePlan:
+        assert self._holding is not None
+        sequence = self._sequence(request, self._manager.get_block_ids(request.request_id), finished=False)
+        self._holding.add(sequence, [name.hex() for name in self._base_hashes(request)], places)
         return sequence
-
-    def _ended(self, done: Finished, places: dict[tuple[int, int], Place]) -> SequencePlan:
-        """The sequence of a finished request, as far as its blocks still hold it."""
-        assert self.blocks is not None
-        sequence, last = done.sequence, -(-done.sequence.cached // self._size)
-        for (first, ids), generations in zip(sequence.blocks, done.generations, strict=True):
-            kept = [self.blocks.generation[block] == old for block, old in zip(ids, generations, strict=True)]
-            whole = kept.index(False) if False in kept else len(ids)
-            last = min(last, first + whole if whole else 0)
-        cached = min(sequence.cached, last * self._size)
-        blocks = []
-        for (first, ids), window in zip(sequence.blocks, self.windows, strict=True):
-            if cached and first > first_block(cached, window, self._size):
-                cached = 0  # the window's first blocks are gone since
-            blocks.append((first, ids[: max(0, last - first)]))
-        if not cached:
-            blocks = [(0, []) for _ in blocks]
-        left = SequencePlan(sequence.id, sequence.request_id, sequence.token_ids, cached, blocks, sequence.state)
-        self._add_places(left, done.names, places)
-        return left
-
-    def _add_places(self, sequence: SequencePlan, names: list[str], places: dict[tuple[int, int], Place]) -> None:
-        assert self.blocks is not None
-        for group, (first, ids) in enumerate(sequence.blocks):
-            for number, block in enumerate(ids, first):
-                fill = min(self._size, sequence.cached - number * self._size)
-                name = names[number] if fill == self._size and number < len(names) else None
-                known = places.get((group, block))
-                if known is None or known.fill < fill:
-                    places[group, block] = Place(group, block, self.blocks.generation[block], fill, name)
 
     def _sequence(self, request: Any, tables: Sequence[Sequence[int]], *, finished: bool) -> SequencePlan:
         cached = 0 if request.request_id in self._loading else internals.computed_tokens(request)

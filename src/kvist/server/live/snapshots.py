@@ -12,12 +12,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -26,14 +24,13 @@ from weakref import WeakValueDictionary
 from anyio import CapacityLimiter, to_thread
 
 from kvist.errors import (
-    Conflict,
     EngineError,
     InvalidInput,
     KvistError,
     StoreError,
 )
 from kvist.ids import check_name
-from kvist.repo import LogicalSeq, Manifest, Repository, Snapshot
+from kvist.repo import LogicalSeq, Repository
 from kvist.repo.keeper import Keeper
 from kvist.repo.signing import Trust
 from kvist.server.errors import BadRequest, NoConnector
@@ -43,11 +40,11 @@ from kvist.server.history import (
     layout_record,
     not_carried,
     numeric_differences,
-    parts_of_rank,
     sequence_record,
     unless_lost,
 )
-from kvist.server.live.client import Captured, Core, Engine
+from kvist.server.live.client import Core, Engine
+from kvist.server.live.commits import Commit
 from kvist.server.live.parts import Parts, payload_of, read_parts, verify_pages
 from kvist.server.schema import BODY_MAX, CheckoutBody, SnapshotBody
 from kvist.server.tenants import open_tenant
@@ -58,9 +55,6 @@ log = logging.getLogger("kvist.server")
 
 _T = TypeVar("_T")
 _HEADS_MAX: Final = 64
-_COMMITS: Final = 5
-"""Times to commit, where others move the branch meanwhile."""
-_CHOICE: Final = re.compile(r"^\d+_|-\d+$")
 
 
 class _Opened:
@@ -211,7 +205,7 @@ class Snapshots:
                 await self._run(lambda: heads.parents([], wanted, body.parents))
         captured = await core.capture(request_id)
         async with self._commits:
-            commit = _Commit(repo, heads, body, captured, wanted, list(self._engine_heads))
+            commit = Commit(repo, heads, body, captured, wanted, list(self._engine_heads))
             done = await self._run(commit.run)
             heads.set([seq.id for seq in done.groups[0].sequences], done.snapshot.cid)
             if request_id is None:
@@ -316,53 +310,6 @@ class Snapshots:
             self._opened.heads.set([request_id], cid)
 
 
-@dataclass(frozen=True, slots=True)
-class _Committed:
-    snapshot: Snapshot
-    branch: str
-    groups: list[Manifest]
-
-
-@dataclass(frozen=True, slots=True)
-class _Commit:
-    """From a capture to a snapshot; in a thread."""
-
-    repo: Repository
-    heads: Heads
-    body: SnapshotBody
-    captured: Captured
-    wanted: str | None
-    engine_heads: list[str]
-
-    def run(self) -> _Committed:
-        body, repo = self.body, self.repo
-        manifests = [repo.manifest(cid) for rank in self.captured.manifests for cid in rank]
-        if not manifests:
-            raise EngineError("the engine captured nothing, not even an empty manifest")
-        groups = parts_of_rank(manifests, 0)
-        names = [seq.id for seq in groups[0].sequences]
-        is_whole = body.request_id is None and body.sequence is None
-        branch = self.wanted if self.wanted is not None else "main" if is_whole else f"seq/{_common(names)}"
-        heads = self.engine_heads if is_whole else [self._head(name) for name in names]
-        for attempt in range(_COMMITS):
-            parents = self.heads.parents(heads, branch, body.parents)
-            try:
-                snapshot = repo.commit(manifests, parents=parents, name=body.name, message=body.message, branch=branch)
-            except Conflict:  # another process moved the branch in between: continue what it names now
-                if body.parents is not None or attempt == _COMMITS - 1:
-                    raise
-            else:
-                return _Committed(snapshot, branch, groups)
-        raise AssertionError("unreachable")
-
-    def _head(self, sequence_id: str) -> str | None:
-        """HEAD of a sequence, or of the request of which it is one choice."""
-        found = self.heads.of(sequence_id)
-        while found is None and (less := _CHOICE.sub("", sequence_id, count=1)) != sequence_id:
-            found, sequence_id = self.heads.of(less), less
-        return found
-
-
 # -- in threads ----------------------------------------------------------------------------------------------------
 
 
@@ -386,11 +333,6 @@ async def _told(name: str, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[st
         answer = await work
         done.add(nbytes=answer.get("new_bytes", 0), pages=2 * answer.get("pages_copied", 0))
         return answer
-
-
-def _common(names: list[str]) -> str:
-    """The name of a request, of which these are the choices."""
-    return names[0] if len(names) == 1 else _CHOICE.sub("", names[0], count=1) if names else "none"
 
 
 def _ms(seconds: float) -> float:

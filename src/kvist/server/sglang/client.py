@@ -54,7 +54,8 @@ class SglangEngine:
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
             self._manager._dispatch_to_scheduler(KvistReqInput(number=number, op=op, payload=dict(payload)))
-            return await answer
+            said: Mapping[str, Any] = await answer
+            return said
         finally:
             del self._waiting[number]
 

@@ -10,13 +10,14 @@ import json
 import secrets
 from typing import Final
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvist.errors import KvistError
 from kvist.server.access import path_of
 from kvist.server.errors import error_response
+from kvist.server.live.passing import rewritten
 from kvist.server.schema import BODY_MAX, read_bytes
 
 _PATHS: Final = frozenset({"/v1/completions", "/v1/chat/completions", "/generate"})
@@ -42,15 +43,8 @@ class Naming:
             return None
         except KvistError as error:
             return await error_response(error)(scope, receive, send)
-        data = _named(data, name)
-        scope = {**scope, "headers": list(scope["headers"])}
-        MutableHeaders(scope=scope)["content-length"] = str(len(data))
-        messages: list[Message] = [{"type": "http.request", "body": data, "more_body": False}]
-
-        async def replay() -> Message:
-            return messages.pop() if messages else await receive()
-
-        return await self._app(scope, replay, send)
+        scope, receive = rewritten(scope, receive, _named(data, name))
+        return await self._app(scope, receive, send)
 
 
 def _named(data: bytes, name: str) -> bytes:

@@ -14,7 +14,7 @@ from kvist.testing.models import make_shape
 from kvist.testing.scenario.requests import TOTAL
 
 Start = Callable[..., LiveServer]
-"""``start(store, company=False)``: a server over the model, ended with the class at the latest."""
+"""``start(store, company=False, of=model)``: a server that answers, ended with the class at the latest."""
 
 
 class LiveScenario(ABC):
@@ -44,9 +44,9 @@ class LiveScenario(ABC):
         """
 
     @classmethod
-    def make_model(cls, directory: Path) -> Path:
-        """Make a model there that `serve` can serve; the same one each time."""
-        return make_shape(directory, "tiny", dtype="bfloat16")
+    def make_model(cls, directory: Path, *, seed: int = 0) -> Path:
+        """Make a model there that `serve` can serve; of another seed, one that differs in its weights only."""
+        return make_shape(directory, "tiny", dtype="bfloat16", seed=seed)
 
     @classmethod
     def lengths(cls) -> tuple[int, ...]:
@@ -76,8 +76,8 @@ class LiveScenario(ABC):
         """Starts servers; what is left of them at the end is killed."""
         servers: list[LiveServer] = []
 
-        def start(store: str, *, company: bool = False) -> LiveServer:
-            servers.append(cls.serve(model, store, company=company))
+        def start(store: str, *, company: bool = False, of: Path = model) -> LiveServer:
+            servers.append(cls.serve(of, store, company=company))
             return servers[-1]
 
         yield start

@@ -6,8 +6,9 @@ proves by `cached_tokens` where they came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 
 import pytest
 
@@ -40,8 +41,15 @@ from kvist.testing.scenario.requests import (
 )
 
 FORKS = 12
-TOGETHER = 6
-"""So many of the cases are continued one by one among the others; the rest of them also among each other."""
+TOGETHER = 4
+"""So many are interrupted at once. So many are continued one by one, and then the rest of them at once."""
+
+
+def batched(names: Iterable[str]) -> Iterator[list[str]]:
+    """`TOGETHER` of them at a time."""
+    rest = iter(names)
+    while batch := list(islice(rest, TOGETHER)):
+        yield batch
 
 
 class CompanyScenario(LiveScenario):
@@ -50,13 +58,16 @@ class CompanyScenario(LiveScenario):
     @pytest.fixture(scope="class")
     @classmethod
     def pasts(cls, store: str, start: Start) -> dict[str, Past]:
-        """The requests that the first server was asked among others, before its SIGKILL."""
+        """The requests that the first server was asked among others, some of them at once, before its SIGKILL."""
         server = start(store, company=True)
         by_length = cases(cls.lengths(), seed=50)
         asked = dict(zip(NAMES, by_length, strict=True)) | {"forked": Case("forked", prompt(450, seed=60), SEEDED)}
         alone = {name: baseline(server, asked[name], cls.total, salted=cls.salts) for name in NAMES[-2:]}
         with busy(server):
-            pasts = {name: interrupt(server, case, total=cls.total) for name, case in asked.items()}
+            pasts = {}
+            for names in batched(asked):
+                calls = [partial(interrupt, server, asked[name], total=cls.total) for name in names]
+                pasts |= dict(zip(names, at_once(calls), strict=True))
             pasts["whole"] = cls._all_of(server, Case("whole", prompt(200, seed=61), GREEDY))
         server.kill()
         assert server.processes() == []
@@ -94,8 +105,8 @@ class CompanyScenario(LiveScenario):
         with busy(fresh):
             for before in chosen:
                 check_out(fresh, before)
-            one_by_one = [go_on(fresh, before) for before in chosen[:-TOGETHER]]
-            rest = [partial(go_on, fresh, before) for before in chosen[-TOGETHER:]]
+            one_by_one = [go_on(fresh, before) for before in chosen[:TOGETHER]]
+            rest = [partial(go_on, fresh, before) for before in chosen[TOGETHER:]]
             return dict(zip(NAMES, one_by_one + at_once(rest), strict=True))
 
     @pytest.mark.parametrize("name", NAMES)

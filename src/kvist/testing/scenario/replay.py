@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -216,6 +218,20 @@ class ReplayScenario(LiveScenario):
         got = go_on(fresh, before)
         assert_same(got.steps, before.next_steps())
         assert got.cached_tokens == before.tokens - 1
+
+    def test_other_weights_refuse_it(
+        self, past: History, fresh: LiveServer, store: str, start: Start, tmp_path: Path
+    ) -> None:
+        """A model of the same name and shape: both revisions side by side. Ends the server of all tests above."""
+        before = past.pasts["greedy-page"]
+        here = fresh.get(f"{SNAPSHOTS}/{before.cid}")["layout"]
+        fresh.kill()
+        other = start(store, of=self.make_model(tmp_path / "model", seed=1))
+        for path, body in ((CHECKOUT, {"cid": before.cid}), (COMPLETIONS, {"kv_transfer_params": before.named})):
+            message = error_of(other.http.post(path, json=body), 409, "layout_mismatch")
+            assert re.search(rf"does not fit the engine: revision '{here['revision']}' there, '[^']+' here", message)
+        assert other.complete(before.case.prompt, max_tokens=1, **before.case.params).cached_tokens == 0
+        other.kill()
 
 
 def _id_of(step: Step) -> Step:
