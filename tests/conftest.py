@@ -18,7 +18,7 @@ settings.register_profile("kvist", deadline=None)
 settings.load_profile("kvist")
 
 EXPECTED_SKIPS = re.compile(
-    "vllm|lmcache|mooncake|azurite|'ray'|mount|mkfs|may open|KVIST_SHARED|golden|second pager|opened twice",
+    "vllm|sglang|lmcache|mooncake|azurite|'ray'|mount|mkfs|may open|KVIST_SHARED|golden|second pager|opened twice",
     re.IGNORECASE,
 )
 """Finds, in the reason of a skip, what runs elsewhere, what a machine may not allow, or what does not apply."""

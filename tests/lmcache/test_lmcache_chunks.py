@@ -187,6 +187,31 @@ def test_readers_beside_writers(chunks: Make) -> None:
     assert one.nbytes <= 10 * 2 * HALF
 
 
+def test_writers_beside_a_close(chunks: Make) -> None:
+    """Every write ends: stored, or dropped once it is closed."""
+    for _ in range(20):
+        one, done = chunks(), threading.Event()
+        ended: list[int] = []
+
+        def work(one: Chunks = one, done: threading.Event = done, ended: list[int] = ended) -> None:
+            for number in range(200):
+                ended.append(put(one, number))
+                done.set()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        done.wait()
+        one.close()
+        thread.join()
+        assert len(ended) == 200
+        assert not any(one.is_waiting(block(number)) for number in range(200))
+        assert one.metrics.stored + one.metrics.dropped == 200
+        one.flush()
+        two = chunks()
+        assert all(two.remove(block(number)) for number in range(sum(ended)))
+        two.close()
+
+
 class ChunksMachine(RuleBasedStateMachine):
     """Any order of calls: a read gives what was put, or nothing; nothing more is kept than may be."""
 

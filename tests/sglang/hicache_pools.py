@@ -5,6 +5,7 @@ So the same tests say both that the backend does what it promises and that the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from kvist.engines.sglang.hicache import KvistHiCache
 
+Open = Callable[..., KvistHiCache]
+"""Opens a backend: see hicache_fixtures.py."""
 LAYERS, HEADS, DIM, LATENT = 3, 2, 4, 10
 PAGES = 24
 LAYOUTS = ("layer_first", "page_first", "page_first_direct", "page_head")

@@ -1,4 +1,4 @@
-"""The HiCache backend: what is read is what was written, whatever else happens; nobody else's pages ever hit."""
+"""The HiCache backend: what is read is what was written, whatever else happens: kills, damage, bounds, a lost store."""
 
 from __future__ import annotations
 
@@ -7,44 +7,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
 import hicache_pools as pools
 import pytest
 import torch
-from hicache_pools import DIM, HEADS, LAYERS, LAYOUTS, canonical, fill, mha, mla, read, slots
+from hicache_pools import DIM, HEADS, LAYERS, LAYOUTS, Open, canonical, fill, mha, mla, read, slots
 
-from kvist.engines.sglang.hicache import KvistHiCache
 from kvist.engines.sglang.hicache_pages import HostPages, views
-from kvist.engines.sglang.hicache_settings import Settings
-from kvist.errors import InvalidInput, KvistError, LayoutMismatch, UnsupportedModel
+from kvist.errors import KvistError
 from kvist.repo.refs import RefKind
 from kvist.repo.repository import Repository
 
-Open = Callable[..., KvistHiCache]
+pytest_plugins = ("hicache_fixtures",)
 EVERY = [(mha, layout) for layout in LAYOUTS] + [(mla, layout) for layout in LAYOUTS if layout != "page_head"]
 PAGE_BYTES = 2 * LAYERS * 4 * HEADS * DIM * 2  # of `mha()`: 4 tokens, bfloat16
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"{(tmp_path / 'store').as_uri()}?durable=0"
-
-
-@pytest.fixture
-def opened(url: str) -> Iterator[Open]:
-    """Opens backends over one store; closed at the end."""
-    made: list[KvistHiCache] = []
-
-    def make(pool: Any | None = None, **how: Any) -> KvistHiCache:
-        made.append(pools.backend(how.pop("url", url), mha() if pool is None else pool, **how))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
 
 
 # -- round trips ---------------------------------------------------------------------------------------------------
@@ -52,9 +31,9 @@ def opened(url: str) -> Iterator[Open]:
 
 @pytest.mark.parametrize(("make", "layout"), EVERY)
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_pages_of_the_host_pool(opened: Open, make: Any, layout: str, page_size: int) -> None:
+def test_pages_of_the_host_pool(open_backend: Open, make: Any, layout: str, page_size: int) -> None:
     pool = make(layout, page_size)
-    one = opened(pool)
+    one = open_backend(pool)
     wrote = [fill(pool, page, page) for page in range(4)]
     keys = ["a", "b", "c", "d"]
     assert one.batch_exists(keys) == 0
@@ -62,7 +41,7 @@ def test_pages_of_the_host_pool(opened: Open, make: Any, layout: str, page_size:
     assert one.batch_set_v1(keys, slots(pool, 0, 1, 2, 3)) == [True] * 4
     assert one.batch_exists([*keys, "e"]) == 4
     fresh = make(layout, page_size)
-    two = opened(fresh)
+    two = open_backend(fresh)
     assert two.batch_get_v1(["d", "x", "b"], slots(fresh, 7, 9, 5)) == [True, False, True]
     assert torch.equal(read(fresh, 7), wrote[3])
     assert torch.equal(read(fresh, 5), wrote[1])
@@ -71,9 +50,9 @@ def test_pages_of_the_host_pool(opened: Open, make: Any, layout: str, page_size:
 
 
 @pytest.mark.parametrize(("make", "layout"), EVERY)
-def test_pages_as_tensors(opened: Open, make: Any, layout: str) -> None:
+def test_pages_as_tensors(open_backend: Open, make: Any, layout: str) -> None:
     pool = make(layout)
-    one = opened(pool)
+    one = open_backend(pool)
     wrote = [fill(pool, page, page) for page in range(3)]
     assert one.batch_set(["a", "b", "c"], [pool.get_data_page(page * pool.page_size) for page in range(3)])
     assert one.set("a", wrote[0])  # again
@@ -94,23 +73,23 @@ def test_pages_as_tensors(opened: Open, make: Any, layout: str) -> None:
 
 
 @pytest.mark.parametrize("make", [mha, mla])
-def test_pages_written_in_one_order_are_read_in_any_other(opened: Open, make: Any) -> None:
+def test_pages_written_in_one_order_are_read_in_any_other(open_backend: Open, make: Any) -> None:
     layouts = [layout for maker, layout in EVERY if maker is make]
     for count, writes in enumerate(layouts):
         source = make(writes)
         fill(source, 3, count)
-        assert opened(source).batch_set_v1([writes], slots(source, 3)) == [True]
+        assert open_backend(source).batch_set_v1([writes], slots(source, 3)) == [True]
         for reads in layouts:
             pool = make(reads)
-            assert opened(pool).batch_get_v1([writes], slots(pool, 8)) == [True]
+            assert open_backend(pool).batch_get_v1([writes], slots(pool, 8)) == [True]
             assert torch.equal(canonical(pool, 8), canonical(source, 3)), f"{writes} read as {reads}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e4m3fn])
-def test_types(opened: Open, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_types(open_backend: Open, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvist.engines.sglang.hicache.kv_cache_dtype", lambda: "fp8_e4m3")  # SGLang keeps it as uint8
     pool = mha("page_first_direct", dtype=dtype)
-    one = opened(pool)
+    one = open_backend(pool)
     wrote = fill(pool, 0, 1)
     assert one.batch_set_v1(["a"], slots(pool, 0)) == [True]
     assert one.batch_get_v1(["a"], slots(pool, 1)) == [True]
@@ -128,9 +107,9 @@ def test_where_a_page_lies_as_it_is_stored_it_is_not_copied() -> None:
             assert pool.get_data_page(4)[pool.get_data_page(4).numel() // 2] == 1.0
 
 
-def test_keys_may_be_any_text(opened: Open) -> None:
+def test_keys_may_be_any_text(open_backend: Open) -> None:
     pool = mha()
-    one = opened(pool)
+    one = open_backend(pool)
     keys = ["", "../x", "å/\n", "k" * 1000]
     wrote = [fill(pool, page, page) for page in range(4)]
     assert one.batch_set_v1(keys, slots(pool, 0, 1, 2, 3)) == [True] * 4
@@ -138,9 +117,9 @@ def test_keys_may_be_any_text(opened: Open) -> None:
     assert all(torch.equal(read(pool, 4 + page), wrote[page]) for page in range(4))
 
 
-def test_lookups_count_to_the_first_gap(opened: Open) -> None:
+def test_lookups_count_to_the_first_gap(open_backend: Open) -> None:
     pool = mha()
-    one = opened(pool)
+    one = open_backend(pool)
     one.batch_set_v1(["a", "b", "d"], slots(pool, 0, 1, 2))
     assert one.batch_exists(["a", "b", "c", "d"]) == 2
     assert one.batch_exists(["d", "a"]) == 2
@@ -149,9 +128,9 @@ def test_lookups_count_to_the_first_gap(opened: Open) -> None:
     assert one.batch_set_v1([], slots(pool, 0)[:0]) == []
 
 
-def test_a_write_longer_than_the_staging_is_stored_in_several(opened: Open) -> None:
+def test_a_write_longer_than_the_staging_is_stored_in_several(open_backend: Open) -> None:
     pool = mha()
-    one = opened(pool, extra={"staging_bytes": 2 * PAGE_BYTES})
+    one = open_backend(pool, extra={"staging_bytes": 2 * PAGE_BYTES})
     keys = [f"k{page}" for page in range(9)]
     for page in range(9):
         fill(pool, page, page)
@@ -168,27 +147,27 @@ def child(url: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "ignore", script, url, *words], capture_output=True, text=True)
 
 
-def test_what_was_stored_survives_kill_9(opened: Open, tmp_path: Path) -> None:
+def test_what_was_stored_survives_kill_9(open_backend: Open, tmp_path: Path) -> None:
     url = (tmp_path / "durable").as_uri()  # with every fsync
     done = child(url, "set", "0", "20", "die")
     assert done.returncode == -signal.SIGKILL, done.stderr
     pool = mha()
-    one = opened(pool, url=url)
+    one = open_backend(pool, url=url)
     keys = [f"k{page}" for page in range(20)]
     assert one.batch_exists(keys) == 20
     assert one.batch_get_v1(keys, slots(pool, *range(20))) == [True] * 20
     assert all(torch.equal(read(pool, page), fill(mha(), 0, page)) for page in range(20))
 
 
-def test_processes_share_a_store(opened: Open, url: str) -> None:
+def test_processes_share_a_store(open_backend: Open, store_url: str) -> None:
     pool = mha()
-    one = opened(pool)
+    one = open_backend(pool)
     fill(pool, 0, 100)
     assert one.batch_set_v1(["mine"], slots(pool, 0)) == [True]
     script = Path(__file__).with_name("hicache_child.py")
     ranges = [("0", "20"), ("10", "30"), ("20", "40")]
     writers = [
-        subprocess.Popen([sys.executable, "-W", "ignore", script, url, "set", *pair, "mine"], text=True)
+        subprocess.Popen([sys.executable, "-W", "ignore", script, store_url, "set", *pair, "mine"], text=True)
         for pair in ranges
     ]
     assert [writer.wait() for writer in writers] == [0, 0, 0]
@@ -199,12 +178,12 @@ def test_processes_share_a_store(opened: Open, url: str) -> None:
         assert all(torch.equal(read(pool, page), fill(mha(), 0, start + page)) for page in range(20))
 
 
-def test_a_server_that_asks_seldom_learns_later(opened: Open) -> None:
+def test_a_server_that_asks_seldom_learns_later(open_backend: Open) -> None:
     pool = mha()
-    one, slow = opened(pool), opened(mha(), extra={"refresh_s": 3600})
+    one, slow = open_backend(pool), open_backend(mha(), extra={"refresh_s": 3600})
     assert one.batch_set_v1(["a"], slots(pool, 0)) == [True]
     assert not slow.exists("a")
-    assert opened(mha(), extra={"refresh_s": 0}).exists("a")
+    assert open_backend(mha(), extra={"refresh_s": 0}).exists("a")
 
 
 def segments(root: Path) -> list[Path]:
@@ -212,10 +191,10 @@ def segments(root: Path) -> list[Path]:
 
 
 def test_a_damaged_page_is_a_miss_and_heals(
-    opened: Open, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    open_backend: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool = mha()
-    one = opened(pool)
+    one = open_backend(pool)
     wrote = [fill(pool, page, page) for page in range(3)]
     keys = ["a", "b", "c"]
     for page, key in enumerate(keys):
@@ -227,7 +206,7 @@ def test_a_damaged_page_is_a_miss_and_heals(
     place = content.index(needle)
     holder.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
 
-    two = opened(pool)
+    two = open_backend(pool)
     assert two.batch_exists(keys) == 3
     with caplog.at_level(logging.WARNING, "kvist.hicache"):
         assert two.batch_get_v1(keys, slots(pool, 10, 11, 12)) == [True, False, True]
@@ -240,13 +219,13 @@ def test_a_damaged_page_is_a_miss_and_heals(
     assert two.batch_set_v1(["b"], slots(pool, 1)) == [True]
     assert two.batch_get_v1(["b"], slots(pool, 13)) == [True]
     assert torch.equal(read(pool, 13), wrote[1])
-    three = opened(pool)
+    three = open_backend(pool)
     assert three.batch_get_v1(keys, slots(pool, 14, 15, 16)) == [True] * 3
 
 
-def test_the_bound_holds_and_what_is_used_stays(opened: Open) -> None:
+def test_the_bound_holds_and_what_is_used_stays(open_backend: Open) -> None:
     pool = mha()
-    one = opened(pool, extra={"max_bytes": 8 * PAGE_BYTES})
+    one = open_backend(pool, extra={"max_bytes": 8 * PAGE_BYTES})
     for number in range(40):
         fill(pool, 0, number)
         one.batch_set_v1([f"k{number}"], slots(pool, 0))
@@ -259,9 +238,9 @@ def test_the_bound_holds_and_what_is_used_stays(opened: Open) -> None:
     assert one.exists("k39")
 
 
-def test_a_write_beyond_the_bound_says_what_is_not_there(opened: Open) -> None:
+def test_a_write_beyond_the_bound_says_what_is_not_there(open_backend: Open) -> None:
     pool = mha()
-    one = opened(pool, extra={"max_bytes": 4 * PAGE_BYTES})
+    one = open_backend(pool, extra={"max_bytes": 4 * PAGE_BYTES})
     for page in range(10):
         fill(pool, page, page)
     keys = [f"k{page}" for page in range(10)]
@@ -271,227 +250,61 @@ def test_a_write_beyond_the_bound_says_what_is_not_there(opened: Open) -> None:
     assert not one.batch_set([f"x{page}" for page in range(10)], [read(pool, page) for page in range(10)])
 
 
-def test_clear_is_for_all_servers(opened: Open) -> None:
+def test_readers_beside_a_writer(open_backend: Open) -> None:
+    """As SGLang's threads do: one backs up, one looks up, one prefetches; each page of the pool is one thread's."""
+    pool = mha("page_first_direct")
+    one = open_backend(pool, extra={"max_bytes": 12 * PAGE_BYTES})
+    source, contents = mha("page_first_direct"), {}
+    for number in range(16):
+        contents[f"k{number}"] = fill(source, 0, number)
+    wrong: list[str] = []
+    is_over = threading.Event()
+
+    def back_up() -> None:
+        for turn in range(60):
+            fill(pool, 0, turn % 16)
+            one.batch_set_v1([f"k{turn % 16}"], slots(pool, 0))
+        is_over.set()
+
+    def prefetch() -> None:
+        while not is_over.is_set():
+            for key, wanted in contents.items():
+                if one.batch_get_v1([key], slots(pool, 1)) == [True] and not torch.equal(read(pool, 1), wanted):
+                    wrong.append(key)
+
+    def look_up() -> None:
+        while not is_over.is_set():
+            one.batch_exists(list(contents))
+
+    threads = [threading.Thread(target=work) for work in (back_up, prefetch, look_up)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert one.chunks.metrics.read > 0
+    assert one.chunks.metrics.damaged == 0
+
+
+def test_clear_is_for_all_servers(open_backend: Open) -> None:
     pool = mha()
-    one, two = opened(pool), opened(mha())
+    one, two = open_backend(pool), open_backend(mha())
     one.batch_set_v1(["a", "b"], slots(pool, 0, 1))
     assert two.batch_exists(["a", "b"]) == 2
     one.batch_set_v1(["c"], slots(pool, 2))
     assert two.clear()  # of c too, of which it had not heard
     assert two.batch_exists(["a"]) == 0
-    assert opened(mha()).batch_exists(["a"]) == 0
+    assert open_backend(mha()).batch_exists(["a"]) == 0
     fill(pool, 5, 5)
     assert two.batch_set_v1(["a"], slots(two.pages.pool, 5)) == [True]
-
-
-# -- nobody else's pages --------------------------------------------------------------------------------------------
-
-OTHERS: dict[str, dict[str, Any]] = {
-    "model": {"model_name": "org/other"},
-    "revision": {"extra": {"revision": "r2"}},
-    "rank": {"tp_rank": 1, "tp_size": 2},
-    "tp size": {"tp_rank": 0, "tp_size": 2},
-    "stage": {"pp_rank": 1, "pp_size": 2},
-    "pp size": {"pp_rank": 0, "pp_size": 2},
-    "context rank": {"attn_cp_rank": 1, "attn_cp_size": 2},
-    "context size": {"attn_cp_rank": 0, "attn_cp_size": 2},
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_servers_pages_never_hit(opened: Open, name: str) -> None:
-    pool = mha()
-    assert opened(pool).batch_set_v1(["a"], slots(pool, 0)) == [True]
-    other = opened(mha(), **OTHERS[name])
-    assert not other.exists("a")
-    assert other.batch_get_v1(["a"], slots(pool, 1)) == [False]
-    assert other.batch_set_v1(["a"], slots(other.pages.pool, 2)) == [True]
-    assert opened(mha(), **OTHERS[name]).exists("a")
-
-
-@pytest.mark.parametrize(
-    "pool",
-    [lambda: mha(page_size=8), lambda: mha(dtype=torch.float16), lambda: mla()],
-    ids=["page size", "type", "attention"],
-)
-def test_other_pools_pages_never_hit(opened: Open, pool: Callable[[], Any]) -> None:
-    mine = mha()
-    assert opened(mine).batch_set_v1(["a"], slots(mine, 0)) == [True]
-    assert not opened(pool()).exists("a")
-
-
-def test_other_layers_pages_never_hit(opened: Open) -> None:
-    pool = mha()
-    assert opened(pool).batch_set_v1(["a"], slots(pool, 0)) == [True]
-    moved = mha()
-    moved.start_layer, moved.end_layer = LAYERS, 2 * LAYERS
-    assert not opened(moved).exists("a")
-
-
-def test_ranks_share_a_latent_vector(opened: Open) -> None:
-    pool = mla()
-    first = opened(pool, tp_rank=0, tp_size=2)
-    wrote = fill(pool, 0, 0)
-    assert first.batch_set_v1(["a"], slots(pool, 0)) == [True]
-    fresh = mla()
-    assert opened(fresh, tp_rank=1, tp_size=2).batch_get_v1(["a"], slots(fresh, 3)) == [True]
-    assert torch.equal(read(fresh, 3), wrote)
-    assert not opened(mla(), tp_rank=0, tp_size=4).exists("a")
-
-
-# -- refusals -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        ({"stor": "x"}, "got stor"),
-        ({"file_storage_path": "/x"}, "got file_storage_path"),
-        ({"store": ""}, "store must be"),
-        ({"max_bytes": 0}, "max_bytes must be"),
-        ({"max_bytes": PAGE_BYTES - 1}, "max_bytes cannot be"),
-        ({"staging_bytes": PAGE_BYTES - 1}, "staging_bytes cannot be"),
-        ({"policy": "best"}, "policy must be one of"),
-        ({"refresh_s": -1}, "refresh_s must be"),
-        ({"revision": 3}, "revision must be text"),
-    ],
-)
-def test_options_that_cannot_be_right(opened: Open, extra: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        opened(extra=extra)
-
-
-def test_a_store_must_be_named() -> None:
-    for extra in (None, {}, {"backend_name": "kvist", "interface_v1": 1}):
-        with pytest.raises(InvalidInput, match="store is missing"):
-            Settings.of_config(extra)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"tp_lcm_size": 4}, "tp_lcm_size 4"),
-        ({"should_split_heads": True}, "split by heads"),
-    ],
-)
-def test_ranks_that_share_in_unknown_ways(opened: Open, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnsupportedModel, match=message):
-        opened(**fields)
-
-
-def changed(**fields: Any) -> Any:
-    pool = mha()
-    for name, value in fields.items():
-        setattr(pool, name, value)
-    return pool
-
-
-class OtherHostPool:
-    """Of a kind that the backend does not know."""
-
-    layout = "layer_first"
-
-
-@pytest.mark.parametrize(
-    ("pool", "message"),
-    [
-        (OtherHostPool, "host pool OtherHostPool cannot be stored: expected MHATokenToKVPoolHost or MLA"),
-        (lambda: changed(layout="page_unified"), "page_unified .* expected layer_first, page_first, page_first_direct"),
-        (lambda: changed(layer_num=LAYERS + 1), "1 layers of a draft model"),
-        (lambda: changed(dcp_size=2), "dcp_size 2"),
-        (lambda: changed(dtype=torch.float64), "torch.float64 cannot be stored"),
-        (lambda: changed(dtype=torch.uint8), "uint8, --kv-cache-dtype None cannot be stored"),
-    ],
-)
-def test_pools_that_cannot_be_paged(opened: Open, pool: Callable[[], Any], message: str) -> None:
-    with pytest.raises(UnsupportedModel, match=message):
-        opened(pool())
-
-
-def test_a_latent_vector_of_odd_width(opened: Open) -> None:
-    pool = mla()
-    pool.kv_cache_dim = 9
-    with pytest.raises(UnsupportedModel, match="9 elements cannot be halved"):
-        opened(pool)
-
-
-def test_bytes_are_what_the_server_says_they_are() -> None:
-    pool = changed(dtype=torch.uint8)
-    how = {"model": "m", "revision": "r", "tp_rank": 0, "tp_size": 1}
-    assert HostPages.of(pool, **how, kv_cache_dtype="fp8_e4m3").layout.dtype == "fp8e4m3"
-    with pytest.raises(UnsupportedModel, match="fp8_e5m2"):
-        HostPages.of(pool, **how, kv_cache_dtype="fp8_e5m2")
-
-
-@pytest.mark.parametrize("name", ["swa", "mamba", "indexer", "draft"])
-def test_a_model_with_other_pools_is_refused(opened: Open, name: str) -> None:
-    one = opened()
-    with pytest.raises(UnsupportedModel, match=f"got a pool {name} besides"):
-        one.register_mem_host_pool_v2(mha(), name)
-
-
-def test_weights_that_nothing_pins(opened: Open, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=r"nothing pins the weights of org/model.*--revision"):
-        opened(extra={"revision": None})
-    directory = tmp_path / "model"
-    directory.mkdir()
-    (directory / "config.json").write_text("{}")
-    (directory / "model.safetensors").write_bytes(b"weights")
-    found = opened(model_name=str(directory), extra={"revision": None}).pages.layout.revision
-    assert found is not None
-    assert found.startswith("blake3:")
-    (directory / "model.safetensors").write_bytes(b"others")
-    other = opened(model_name=str(directory), extra={"revision": None}).pages.layout.revision
-    assert other not in (None, found)
-
-
-def test_a_host_pool_comes_first(url: str) -> None:
-    one = KvistHiCache(pools.config(url))
-    for call in (lambda: one.exists("a"), lambda: one.batch_get_v1(["a"], torch.arange(4)), one.clear):
-        with pytest.raises(InvalidInput, match="expected a host pool to be registered"):
-            call()
-    one.close()
-
-
-def test_another_host_pool_of_the_same_pages(opened: Open) -> None:
-    pool, other = mha(), mha("page_first")
-    one = opened(pool)
-    fill(pool, 0, 0)
-    one.batch_set_v1(["a"], slots(pool, 0))
-    one.register_mem_pool_host(other)
-    assert one.batch_get_v1(["a"], slots(other, 2)) == [True]
-    with pytest.raises(LayoutMismatch, match="page_size_tokens 8 there, 4 here"):
-        one.register_mem_pool_host(mha(page_size=8))
-
-
-@pytest.mark.parametrize(
-    ("keys", "where", "message"),
-    [
-        (["a", "b"], torch.arange(4), "4 slots for each of 2 pages, got 4"),
-        (["a"], torch.arange(2, 6), "first slot of a page of 4 .* got 2"),
-        (["a"], torch.arange(4) + 4 * pools.PAGES, f"host pool of {4 * pools.PAGES}, got {4 * pools.PAGES}"),
-    ],
-)
-def test_slots_that_are_no_pages(opened: Open, keys: list[str], where: torch.Tensor, message: str) -> None:
-    one = opened()
-    for call in (one.batch_get_v1, one.batch_set_v1):
-        with pytest.raises(InvalidInput, match=message):
-            call(keys, where)
-
-
-def test_tensors_that_are_no_pages(opened: Open) -> None:
-    one = opened()
-    for page in (torch.zeros(3, dtype=torch.bfloat16), torch.zeros(PAGE_BYTES // 2, dtype=torch.float16)):
-        with pytest.raises(LayoutMismatch, match=f"expected a page of {PAGE_BYTES // 2} elements torch.bfloat16"):
-            one.set("a", page)
 
 
 # -- faults ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_store_that_is_gone_is_a_miss(opened: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_that_is_gone_is_a_miss(open_backend: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pool = mha()
-    one = opened(pool)
+    one = open_backend(pool)
     wrote = fill(pool, 0, 0)
     assert one.batch_set_v1(["a"], slots(pool, 0)) == [True]
     (tmp_path / "store").rename(tmp_path / "away")
@@ -508,15 +321,15 @@ def test_a_store_that_is_gone_is_a_miss(opened: Open, tmp_path: Path, caplog: py
     assert torch.equal(read(pool, 1), wrote)
 
 
-def test_a_store_that_cannot_be_opened(opened: Open, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_opened(open_backend: Open, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(KvistError):
-        opened(url=(tmp_path / "file" / "store").as_uri())
+        open_backend(url=(tmp_path / "file" / "store").as_uri())
 
 
-def test_a_closed_backend_misses(opened: Open) -> None:
+def test_a_closed_backend_misses(open_backend: Open) -> None:
     pool = mha()
-    one = opened(pool)
+    one = open_backend(pool)
     one.batch_set_v1(["a"], slots(pool, 0))
     one.close()
     one.close()
@@ -524,9 +337,9 @@ def test_a_closed_backend_misses(opened: Open) -> None:
     assert not one.exists("b")
 
 
-def test_what_happened_is_told(opened: Open) -> None:
+def test_what_happened_is_told(open_backend: Open) -> None:
     pool = mha()
-    one = opened(pool)
+    one = open_backend(pool)
     fill(pool, 0, 0)
     fill(pool, 1, 1)
     one.batch_set_v1(["a", "b"], slots(pool, 0, 1))
@@ -541,13 +354,13 @@ def test_what_happened_is_told(opened: Open) -> None:
         assert one.get_stats().backup_pgs == []
 
 
-def test_a_repository_that_others_read(opened: Open, url: str) -> None:
+def test_a_repository_that_others_read(open_backend: Open, store_url: str) -> None:
     pool = mha()
-    one = opened(pool)
+    one = open_backend(pool)
     one.batch_set_v1(["a", "b"], slots(pool, 0, 1))
     layout = one.pages.layout
     one.close()
-    with Repository.open(url) as repo:
+    with Repository.open(store_url) as repo:
         (branch,) = repo.refs.all(RefKind.BRANCH)
         assert branch.name.startswith("cache/")
         assert branch.cid is not None

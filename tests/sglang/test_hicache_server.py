@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hicache_real import HAS_SGLANG
 
 from kvist.errors import EngineError
 from kvist.repo.repository import Repository
@@ -21,12 +23,14 @@ from kvist.testing.live import LiveServer
 from kvist.testing.models import make_shape
 from kvist.testing.processes import free_port
 
-PYTHON = os.environ.get("KVIST_SGLANG_PYTHON")
+PYTHON = os.environ.get("KVIST_SGLANG_PYTHON", sys.executable if HAS_SGLANG else None)
 PAGE, PROMPT, TOKENS = 16, 300, 40
 WHOLE = PROMPT // PAGE * PAGE
 HERE, SOURCE = Path(__file__).parent, Path(__file__).parents[2] / "src"
 
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="KVIST_SGLANG_PYTHON names no interpreter that has sglang")
+pytestmark = pytest.mark.skipif(
+    PYTHON is None, reason="sglang is not installed here, and KVIST_SGLANG_PYTHON names no interpreter that has it"
+)
 
 
 def options(store: Path, **more: Any) -> str:

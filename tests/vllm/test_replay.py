@@ -56,6 +56,10 @@ EVERY = [case.name for case in CASES + RULED]
 SAYS = ("user", "Which branch of the tree is a twig?")
 
 
+WHOLE = ("--max-num-batched-tokens", "4096")
+"""Every prompt is prefilled in one piece: vLLM 0.32 fails where a seeded one is cut on a CPU, whatever kvist does."""
+
+
 @dataclass
 class History:
     """What the first server did before it was killed."""
@@ -79,7 +83,7 @@ def history(
     dtype: str, model: Callable[..., Path], start: Callable[..., VllmServer], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, History]:
     store = (tmp_path_factory.mktemp("kv") / dtype).as_uri()
-    server = start(model(dtype=dtype), store, dtype=dtype)
+    server = start(model(dtype=dtype), store, *WHOLE, dtype=dtype)
     alone = {case.name: baseline(server, case) for case in CASES + RULED}
     pasts = {case.name: interrupt(server, case) for case in CASES + RULED}
     pasts["stopping"] = interrupt(server, STOPPING, total=600)
@@ -150,7 +154,7 @@ def prefilled(past: History, fresh: VllmServer) -> dict[str, Completion]:
 def fresh(
     history: tuple[str, History], dtype: str, model: Callable[..., Path], start: Callable[..., VllmServer]
 ) -> Iterator[VllmServer]:
-    server = start(model(dtype=dtype), history[0], dtype=dtype)
+    server = start(model(dtype=dtype), history[0], *WHOLE, dtype=dtype)
     yield server
     server.kill()
 
@@ -172,7 +176,8 @@ def test_prefill_beside_it(
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_snapshot_does_not_disturb(name: str, past: History) -> None:
-    assert_same(past.pasts[name].whole.steps, past.alone[name].steps)
+    alone = past.alone[name].steps
+    assert_same(past.pasts[name].whole.steps[: len(alone)], alone)  # it may have gone on for longer
 
 
 @pytest.mark.parametrize("name", [*EVERY, "digits"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import PYTHON, hash_seed, say, watched
+from vllm_servers import PYTHON, hash_seed, say, watched
+
 from kvist.testing.live import LiveServer
 from kvist.testing.scenario import CompanyScenario, LiveScenario, RefusalScenario, ReplayScenario
 from kvist.testing.vllm import VllmServer

@@ -224,7 +224,7 @@ def _steps(choice: Mapping[str, Any]) -> list[Step]:
         tops = [[(entry["token"], entry["logprob"]) for entry in place["top_logprobs"]] for place in content]
     else:
         chosen = logprobs.get("token_logprobs") or []
-        tops = [list(top.items()) for top in logprobs.get("top_logprobs") or []]
+        tops = [list(top.items()) for top in logprobs.get("top_logprobs") or [{}] * len(chosen)]
     if not len(ids) == len(chosen) == len(tops):
         raise EngineError(f"{len(ids)} tokens came with {len(chosen)} log probabilities and {len(tops)} lists of them")
     return [

@@ -90,19 +90,21 @@ class LiveServer:
         self.pid = self._process.pid
 
     def wait(self) -> Self:
-        """Return when it answers.
+        """Return when it answers. Whoever does not wait to the end leaves no process behind.
 
         Raises:
             EngineError: it ended instead, or was not up in fifteen minutes; the message is what it printed.
         """
         deadline = time.monotonic() + _BOOT_S
-        while self._process.poll() is None and time.monotonic() < deadline:
-            try:
-                if self.http.get("/health").status_code == 200:
-                    return self
-            except httpx2.TransportError:
-                pass
-            time.sleep(_INTERVAL_S)
+        try:
+            while self._process.poll() is None and time.monotonic() < deadline:
+                with contextlib.suppress(httpx2.TransportError):
+                    if self.http.get("/health").status_code == 200:
+                        return self
+                time.sleep(_INTERVAL_S)
+        except BaseException:
+            self.kill()
+            raise
         self.kill()
         raise EngineError(f"{self.called} did not come up:\n{self.log}")
 

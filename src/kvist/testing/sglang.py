@@ -4,6 +4,7 @@ may be another one."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +21,11 @@ CPU: Final = {
 }
 """Environment of a server on a CPU that is up soon and needs no network."""
 
-_PLAIN: Final = (
+ON_CPU: Final = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-    *("--grammar-backend", "none", "--disable-cuda-graph", "--skip-server-warmup", "--log-level", "info"),
+    *("--grammar-backend", "none", "--disable-cuda-graph", "--skip-server-warmup"),
 )
+"""Options of a server on a CPU."""
 
 
 class SglangServer(LiveServer):
@@ -66,19 +68,13 @@ class SglangServer(LiveServer):
         """
         port = free_port()
         command = [python or sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-        command += ["--host", "127.0.0.1", "--port", str(port), *_PLAIN, "--dtype", dtype]
+        command += ["--host", "127.0.0.1", "--port", str(port), *ON_CPU, "--dtype", dtype]
         command += ["--page-size", str(page_size), "--max-total-tokens", str(tokens), "--enable-cache-report"]
         command += ["--enable-deterministic-inference"] if deterministic else []
         command += ["--api-key", api_key] if api_key is not None else []
         chosen = None if store is None else json.dumps({"store": store, **(settings or {})})
         wanted: dict[str, str | None] = {**CPU, "KVIST_SGLANG": chosen, "SGLANG_PLUGINS": "kvist", **(env or {})}
         if shims is not None:
-            paths = [str(shims), *filter(None, [wanted.get("PYTHONPATH") or _inherited()])]
-            wanted["PYTHONPATH"] = ":".join(paths)
+            inherited = wanted.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
+            wanted["PYTHONPATH"] = ":".join([str(shims), *filter(None, [inherited])])
         super().__init__([*command, *options], port=port, env=wanted, api_key=api_key, cwd=cwd)
-
-
-def _inherited() -> str | None:
-    import os
-
-    return os.environ.get("PYTHONPATH")

@@ -93,7 +93,7 @@ class Checkouts:
             reach: tokens that the prefix cache has for it, as it came (``None``) or under a snapshot's salt.
         """
         best, most = None, reach(None) - 1
-        for checkout in self.distinct():
+        for checkout in self._distinct():
             stored = checkout.longest(ids, digest(own))
             chain = checkout.chain(names, len(ids) - 1)
             if stored is not None and stored.cached < chain:
@@ -103,7 +103,7 @@ class Checkouts:
                 best, most = Found(checkout, tokens, stored), reached
         return best
 
-    def distinct(self) -> list[Checkout]:
+    def _distinct(self) -> list[Checkout]:
         """One of each content, the last one first."""
         return list(reversed({checkout.content: checkout for checkout in self._by_cid.values()}.values()))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -131,7 +131,7 @@ class GroupPages:
         word = math.gcd(16, rows.stride(0), *runs, *steps, *starts)
         if word == self._dtype.itemsize:
             return word, self._parts
-        return word, [replace(part, cache=part.cache.view(_WORDS[word])) for part in self._parts]
+        return word, [_Part(part.layer, part.half, part.cache.view(_WORDS[word])) for part in self._parts]
 
     def _host(self, rows: torch.Tensor, first: int, count: int, word: int) -> torch.Tensor:
         *shape, run = self._page

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from http import HTTPStatus
+from typing import Any, Final
 
 import torch
 
@@ -27,7 +28,7 @@ from kvist.hashing import extend_block_hashes
 
 log = logging.getLogger("kvist.sglang")
 
-_LOST = "the pages of the snapshot that this request continues cannot be had: {}"
+_LOST: Final = "the pages of the snapshot that this request continues cannot be had: the server's log says why"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,23 +137,28 @@ class Arriving:
     # -- arrival -------------------------------------------------------------------------------------------------
 
     def hold(self, request: Any, go: Callable[[], None]) -> bool:
-        """A request has come: whether it is held back, as it takes something; ``go`` then lets SGLang have it."""
+        """A request has come: whether it is held back, as it takes something.
+
+        `advance`, before the next step, is the first to look after it; ``go`` then lets SGLang have it.
+        """
         if not self._checkouts or not internals.is_plain(request) or request.finished() or request.to_finish:
             return False
         match = self._match(request)
         if match is None:
             return False
-        prompt = len(request.origin_input_ids)
-        standing = Standing(request.cache_salt, prompt)
-        if match.stored is not None:
-            standing.prompt_tokens = min(match.stored.state.get("prompt_tokens", prompt), prompt)
-            goes_on = prompt == len(match.stored.token_ids) and penalties.counts(request.sampling_params)
-            standing.before = list(request.origin_input_ids[standing.prompt_tokens :]) if goes_on else []
         salt = match.checkout.salt(requests.own_salt(request))
-        request.kvist, request.cache_salt = standing, salt
+        request.kvist, request.cache_salt = self._standing(request, match.stored), salt
         self._held.append(_Held(request.rid, request, match, go))
-        self.advance()
         return True
+
+    def _standing(self, request: Any, stored: Stored | None) -> Standing:
+        ids = request.origin_input_ids
+        prompt = len(ids) if stored is None else min(stored.state.get("prompt_tokens", len(ids)), len(ids))
+        standing = Standing(request.cache_salt, prompt)
+        goes_on = stored is not None and len(ids) == len(stored.token_ids)
+        if goes_on and penalties.counts(request.sampling_params):
+            standing.before = penalties.counted(ids, prompt, is_late=self._scheduler.enable_overlap)
+        return standing
 
     def _match(self, request: Any) -> _Match | None:
         wanted = requests.wanted(request)
@@ -246,6 +252,7 @@ class Arriving:
             fill = min(self._size, match.tokens - number * self._size)
             name = match.names[number].hex() if number < len(match.names) else None
             places.append((Place(0, page, generation, fill, name), match.refs[number]))
+        internals.synchronize(self._allocator.device)  # a step in flight may still write to pages that were given back
         self._mover.load([Load(held.rid, match.checkout.content, places)])
 
     def _install(self, held: _Held, slots: torch.Tensor) -> None:
@@ -271,7 +278,7 @@ class Arriving:
     def _lose(self, held: _Held, slots: torch.Tensor) -> None:
         """Its pages cannot be had: it ends, or it is computed, under its own salt: no snapshot's it will be."""
         if held.request is not None and self._is_failing:
-            held.request.set_finish_with_abort(_LOST.format("see the server's log"))
+            held.request.set_finish_with_abort(_LOST, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
         self._allocator.free(slots)
         held.slots = None
         self._compute(held)

@@ -55,7 +55,6 @@ class KvistHiCache(HiCacheStorage):
         Raises:
             InvalidInput: options that cannot be right.
             UnsupportedModel: a way to share pages among ranks that is not known.
-            KvistError: the repository cannot be opened.
         """
         self.settings: Final = Settings.of_config(storage_config.extra_config)
         if storage_config.tp_lcm_size is not None or storage_config.should_split_heads:

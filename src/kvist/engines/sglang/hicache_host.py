@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from kvist.errors import UnsupportedModel
-from kvist.hashing import weights
+from kvist.engines.paged.pinning import pinned as paged_pinned
 
 __all__ = ["HiCacheStorage", "kv_cache_dtype", "pinned", "storage_metrics"]
-
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-_CHANGES: Final = ("quantization", "json_model_override_args", "dtype")
-"""Arguments of a server which, with the weights, decide the KV of given tokens."""
 
 try:
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
@@ -43,21 +36,18 @@ def pinned(model: str | None, given: str | None) -> str:
         UnsupportedModel: nothing pins the weights.
     """
     args = _server_args()
-    path = model if args is None else args.model_path
-    found = given
-    if found is None and path and Path(path).is_dir():
-        found = weights.revision(Path(path))
-    if found is None and args is not None and _COMMIT.fullmatch(args.revision or ""):
-        found = str(args.revision)
-    if found is None:
-        raise UnsupportedModel(
-            f"nothing pins the weights of {path}: give a commit as `--revision`, or `revision` in "
-            "--hicache-storage-backend-extra-config"
-        )
-    changes = {name: value for name in _CHANGES if (value := getattr(args, name, None)) not in (None, "{}", "auto")}
-    if changes:
-        found += "+" + hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:16]
-    return found
+    overrides = getattr(args, "json_model_override_args", None)
+    return paged_pinned(
+        Path(args.model_path if args is not None else model or "a model without a name"),
+        given=given,
+        asked=getattr(args, "revision", None),
+        changes={
+            "overrides": None if overrides == "{}" else overrides,
+            "quantization": getattr(args, "quantization", None),
+            "dtype": None if (dtype := getattr(args, "dtype", None)) == "auto" else dtype,
+        },
+        option="in --hicache-storage-backend-extra-config",
+    )
 
 
 def kv_cache_dtype() -> str | None:

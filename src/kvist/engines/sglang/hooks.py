@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from kvist.engines.sglang import penalties, requests
+from kvist.engines.sglang import messages, penalties, requests
 from kvist.errors import EngineError
 
 if TYPE_CHECKING:
@@ -42,18 +42,10 @@ def enter_scheduler(join: Join) -> None:
     def made(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         if missing := [target for target in _targets if target not in HookRegistry._patched]:
             raise EngineError(f"SGLang has no {missing[0]} for kvist's plugin to hook: this is another version")
-        from kvist.engines.sglang.messages import KvistReqInput, KvistReqOutput
-
         side = join(scheduler)
         scheduler.kvist = scheduler.tree_cache.kvist = side
         _joined.append(side)
-
-        def answer(call: KvistReqInput) -> KvistReqOutput:
-            return KvistReqOutput(
-                number=call.number, answer=side.answer(call.op, call.payload), http_worker_ipc=call.http_worker_ipc
-            )
-
-        scheduler._request_dispatcher._mapping[KvistReqInput] = answer
+        messages.answer_calls(scheduler, side.answer)
 
     _hook(f"{_SCHEDULER}.__init__", made, HookType.AFTER)
     _hook(f"{_SCHEDULER}._add_request_to_queue", _added, HookType.AROUND)

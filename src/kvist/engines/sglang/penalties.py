@@ -38,6 +38,18 @@ _COUNT: Final[dict[str, Callable[[Any, int, torch.Tensor], None]]] = {
 }
 
 
+def counted(token_ids: Sequence[int], prompt: int, *, is_late: bool) -> list[int]:
+    """What SGLang would have counted of a request by now.
+
+    Args:
+        token_ids: prompt and output.
+        prompt: tokens of the prompt.
+        is_late: under its overlapped schedule SGLang counts, before each step, the last token that it knows by then:
+            the prompt's last one first, and never the one that is sampled last.
+    """
+    return list(token_ids[max(prompt - 1, 0) : -1] if is_late else token_ids[prompt:])
+
+
 def count_before(orchestrator: Any, outputs: Sequence[Sequence[int]]) -> None:
     """Count what each request of a batch had generated before.
 

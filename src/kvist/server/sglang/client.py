@@ -1,25 +1,13 @@
-"""SGLang's tokenizer manager as kvist's calls go through it. Knows what it can do (0.5.23); must not know the calls."""
+"""SGLang's tokenizer manager as kvist's calls go through it. Must not know the calls, nor import sglang itself."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from kvist.engines.sglang.settings import Settings
-
-
-class TokenizerManager(Protocol):
-    """What of SGLang's tokenizer manager is used here."""
-
-    _result_dispatcher: Any
-
-    def auto_create_handle_loop(self) -> None:
-        """Begin to receive, in the running event loop, if that has not begun."""
-
-    def _dispatch_to_scheduler(self, obj: Any) -> None:
-        """Send a message."""
 
 
 class SglangEngine:
@@ -27,13 +15,18 @@ class SglangEngine:
 
     name: Final = "SGLang"
 
-    def __init__(self, manager: TokenizerManager, settings: Settings) -> None:
-        from kvist.engines.sglang.messages import KvistReqOutput
+    def __init__(self, manager: Any, settings: Settings) -> None:
+        """
+        Args:
+            manager: SGLang's tokenizer manager.
+            settings: of this process.
+        """
+        from kvist.engines.sglang import messages
 
-        self._manager, self._settings = manager, settings
+        self._manager, self._settings, self._messages = manager, settings, messages
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Mapping[str, Any]]] = {}
-        manager._result_dispatcher._mapping[KvistReqOutput] = self._answered
+        messages.take_answers(manager, self._answered)
 
     @property
     def store(self) -> str:
@@ -47,22 +40,19 @@ class SglangEngine:
 
     async def call(self, op: str, payload: Mapping[str, Any]) -> Mapping[str, Any]:
         """The scheduler's answer to one call; a scheduler that died takes this process with it."""
-        from kvist.engines.sglang.messages import KvistReqInput
-
-        self._manager.auto_create_handle_loop()
         number = next(self._numbers)
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            self._manager._dispatch_to_scheduler(KvistReqInput(number=number, op=op, payload=dict(payload)))
+            self._messages.call(self._manager, number, op, dict(payload))
             said: Mapping[str, Any] = await answer
             return said
         finally:
             del self._waiting[number]
 
-    def _answered(self, message: Any) -> None:
-        waiting = self._waiting.get(message.number)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(message.answer)
+    def _answered(self, number: int, answer: Mapping[str, Any]) -> None:
+        waiting = self._waiting.get(number)
+        if waiting is not None and not waiting.done():  # or whoever asked went away
+            waiting.set_result(answer)
 
     async def pause(self) -> None:
         """Never asked for: a call finds SGLang between two steps."""

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from kvist.testing.scenario.base import LiveScenario, Start
 from kvist.testing.scenario.company import CompanyScenario
+from kvist.testing.scenario.converted import ConvertScenario
 from kvist.testing.scenario.refusals import RefusalScenario
 from kvist.testing.scenario.replay import ReplayScenario
 
-__all__ = ["CompanyScenario", "LiveScenario", "RefusalScenario", "ReplayScenario", "Start"]
+__all__ = ["CompanyScenario", "ConvertScenario", "LiveScenario", "RefusalScenario", "ReplayScenario", "Start"]

@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import pytest
 
 from kvist.testing.live import LiveServer
 from kvist.testing.models import make_shape
-from kvist.testing.scenario.requests import TOTAL
+from kvist.testing.scenario.requests import TOTAL, Case, cases
+
+NAMES: Final = tuple(f"{mode}-{n}" for n in ("1", "page-1", "page", "page+1", "500") for mode in ("greedy", "seeded"))
+"""Requests by their sampling and the tokens of their prompts."""
 
 Start = Callable[..., LiveServer]
 """``start(store, company=False, of=model)``: a server that answers, ended with the class at the latest."""
@@ -49,9 +52,11 @@ class LiveScenario(ABC):
         return make_shape(directory, "tiny", dtype="bfloat16", seed=seed)
 
     @classmethod
-    def lengths(cls) -> tuple[int, ...]:
-        """Tokens of the prompts: one, about a page, and several pages; all of them different."""
-        return (1, max(cls.page_size - 1, 2), max(cls.page_size, 3), max(cls.page_size + 1, 4), 500)
+    def cases(cls, *, seed: int = 0) -> dict[str, Case]:
+        """The requests of `NAMES`. Where a page is so small that two of them were of one length, some are longer."""
+        page = cls.page_size
+        lengths = (1, max(page - 1, 2), max(page, 3), max(page + 1, 4), 500)
+        return dict(zip(NAMES, cases(lengths, seed), strict=True))
 
     @classmethod
     def note(cls, text: str) -> None:

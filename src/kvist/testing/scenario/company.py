@@ -14,8 +14,7 @@ import pytest
 
 from kvist.testing.answers import Completion
 from kvist.testing.live import LiveServer
-from kvist.testing.scenario.base import LiveScenario, Start
-from kvist.testing.scenario.replay import NAMES
+from kvist.testing.scenario.base import NAMES, LiveScenario, Start
 from kvist.testing.scenario.requests import (
     CHECKOUT,
     FIRST,
@@ -32,7 +31,6 @@ from kvist.testing.scenario.requests import (
     at_once,
     baseline,
     busy,
-    cases,
     check_out,
     go_on,
     interrupt,
@@ -60,11 +58,10 @@ class CompanyScenario(LiveScenario):
     def pasts(cls, store: str, start: Start) -> dict[str, Past]:
         """The requests that the first server was asked among others, some of them at once, before its SIGKILL."""
         server = start(store, company=True)
-        by_length = cases(cls.lengths(), seed=50)
-        asked = dict(zip(NAMES, by_length, strict=True)) | {"forked": Case("forked", prompt(450, seed=60), SEEDED)}
+        asked = cls.cases(seed=50) | {"forked": Case("forked", prompt(450, seed=60), SEEDED)}
         alone = {name: baseline(server, asked[name], cls.total, salted=cls.salts) for name in NAMES[-2:]}
         with busy(server):
-            pasts = {}
+            pasts: dict[str, Past] = {}
             for names in batched(asked):
                 calls = [partial(interrupt, server, asked[name], total=cls.total) for name in names]
                 pasts |= dict(zip(names, at_once(calls), strict=True))

@@ -11,7 +11,7 @@ import pytest
 
 from kvist.testing.answers import Completion, Step
 from kvist.testing.live import LiveServer
-from kvist.testing.scenario.base import LiveScenario, Start
+from kvist.testing.scenario.base import NAMES, LiveScenario, Start
 from kvist.testing.scenario.requests import (
     CHECKOUT,
     COMPLETIONS,
@@ -25,7 +25,6 @@ from kvist.testing.scenario.requests import (
     Past,
     assert_same,
     baseline,
-    cases,
     check_out,
     error_of,
     first_difference,
@@ -36,9 +35,6 @@ from kvist.testing.scenario.requests import (
     prompt,
 )
 from kvist.testing.scenario.store import flip_a_bit, manifests_of, without_pages
-
-NAMES = ["greedy-1", "seeded-1"]
-NAMES += [f"{mode}-{n}" for n in ("page-1", "page", "page+1", "500") for mode in ("greedy", "seeded")]
 
 
 @dataclass
@@ -67,8 +63,7 @@ class ReplayScenario(LiveScenario):
     def past(cls, store: str, start: Start) -> History:
         """The first server's life, to its SIGKILL."""
         server = start(store)
-        by_length = cases(cls.lengths())
-        asked = dict(zip(NAMES, by_length, strict=True)) | {"damaged": Case("damaged", prompt(300, 7), SEEDED)}
+        asked = cls.cases() | {"damaged": Case("damaged", prompt(300, 7), SEEDED)}
         alone = {name: baseline(server, case, cls.total, salted=cls.salts) for name, case in asked.items()}
         pasts = {name: interrupt(server, case, total=cls.total) for name, case in asked.items()}
 
