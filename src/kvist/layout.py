@@ -155,8 +155,11 @@ class Layout:
             return
         told = [f"{name} {there!r} there, {here!r} here" for name, (there, here) in differences.items()]
         hint = "kvist convert REV --to-layout FILE, with what the engine answers to GET /v1/processfork/layout"
-        is_repaged = differences.keys() <= REPAGED and self.attention == "full" and self.n_groups == 1
-        raise LayoutMismatch(f"{of} does not fit {into}: {'; '.join(told)}", hint=hint if is_repaged else None)
+        is_repaged = {"tp_rank"} != differences.keys() <= REPAGED
+        is_plain = self.attention == "full" and self.n_groups == 1 and not self.dtype.startswith("fp8")
+        raise LayoutMismatch(
+            f"{of} does not fit {into}: {'; '.join(told)}", hint=hint if is_repaged and is_plain else None
+        )
 
     def differences(self, other: Self) -> dict[str, tuple[Any, Any]]:
         """The fields in which ``other`` is not equal to this layout, in order: its value, and the value here."""

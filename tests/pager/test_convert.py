@@ -29,7 +29,7 @@ from kvist.layout import Layout
 from kvist.pager import SyntheticCachePager, convert, restore
 from kvist.pager.carry import CONVERTED
 from kvist.pager.repage import Repager, runs_of
-from kvist.repo import LogicalSeq, Manifest, RefKind, Repository, marks
+from kvist.repo import LogicalSeq, Manifest, RefKind, Repository, Snapshot, gc, marks
 from kvist.repo.objects import manifest_key
 from kvist.store import MemoryStore, open_store
 
@@ -352,6 +352,16 @@ def test_refused_with_groups_ranks_or_sequences_that_do_not_fit() -> None:
             convert.plan(repo, "none", ask(page_size_tokens=8), branch="../x")
 
 
+def test_ranks_that_are_in_no_order_are_refused() -> None:
+    """No commit records such a snapshot, but somebody else's tool may: heads would lie in each other's place."""
+    with Repository.init(MemoryStore()) as repo:
+        made = Made(repo, ranks_of(LAYOUT, 4, 2), 4, [Grown(9)]).snapshot
+        odd = Snapshot(tuple(reversed(made.manifests)), tokens=made.tokens)
+        repo.objects.put_snapshots([odd])
+        with pytest.raises(InvalidInput, match="must ascend by rank"):
+            convert.plan(repo, odd.cid, ask(n_heads=4))
+
+
 def test_refused_where_it_cannot_be_told_which_rank_holds_which_head() -> None:
     with Repository.init(MemoryStore()) as repo:
         made = Made(repo, ranks_of(LAYOUT, 2, 4), 2, [Grown(9)])
@@ -389,6 +399,20 @@ def test_a_damaged_page_is_named_and_nothing_is_half_written() -> None:
         with pytest.raises(DamagedPage, match=last.v):
             convert.apply(repo, plan, window=1)
         assert keys(repo) == before
+
+
+def test_a_gc_beside_it_takes_nothing() -> None:
+    """Neither the source, which no ref reaches any more, nor pages that are stored and not named yet."""
+    with Repository.init(MemoryStore()) as repo:
+        made = Made(repo, [LAYOUT], 2, [Grown(80)])
+        plan = convert.plan(repo, "main", ask(page_size_tokens=8))
+        repo.delete_ref(RefKind.BRANCH, "main")
+
+        def collect(*_: int) -> None:
+            gc.apply(repo, gc.plan(repo, min_age=0))
+
+        made.require(repo, convert.apply(repo, plan, window=1, progress=collect).cid)
+        assert not list(repo.store.list("leases/"))
 
 
 def test_a_full_store_leaves_nothing_named(tmp_path: Any) -> None:
@@ -432,7 +456,14 @@ def test_a_layout_that_could_be_converted_is_refused_with_the_command() -> None:
     with pytest.raises(LayoutMismatch) as caught:
         LAYOUT.require(replace(LAYOUT, page_size_tokens=8), of="snapshot x", into="the engine")
     assert caught.value.hint is not None and caught.value.hint.startswith("kvist convert REV --to-layout FILE")
-    for changes in ({"model": "n"}, {"attention": "mla"}, {"page_size_tokens": 8, "dtype": "f32"}):
+    two = ranks_of(LAYOUT, 2, 2)
+    fp8 = replace(LAYOUT, dtype="fp8e4m3")
+    for here, there in (
+        *((LAYOUT, replace(LAYOUT, **changes)) for changes in ({"model": "n"}, {"attention": "mla"})),
+        (LAYOUT, replace(LAYOUT, page_size_tokens=8, dtype="f32")),
+        (two[0], two[1]),
+        (fp8, replace(fp8, page_size_tokens=8)),
+    ):
         with pytest.raises(LayoutMismatch) as caught:
-            LAYOUT.require(replace(LAYOUT, **changes), of="snapshot x", into="the engine")
+            here.require(there, of="snapshot x", into="the engine")
         assert caught.value.hint is None

@@ -151,6 +151,10 @@ def test_what_was_moved_is_counted(own: Api, load: Callable[..., Engine], model_
     stats = own.get("/v1/processfork/stats")
     assert (stats["pages_captured"], stats["bytes_captured"]) == (taken["pages"], 2 * half * taken["pages"])
     assert (stats["loads"], stats["pages_read"], stats["pages_loaded"]) == (0, 0, 0)
+    again = own.fork("snapshot", request_id=answer["id"], parents=[])
+    after = own.get("/v1/processfork/stats")
+    assert after["pages_captured"] - stats["pages_captured"] == again["pages_copied"] > 0
+    assert after["bytes_captured"] == stats["bytes_captured"], "the repository had it"
     with load(pages=64) as other, serving(other, own.repo, model_dir) as api:
         api.fork("checkout", cid="kept", preload=True, verify=False)
         api.fork("checkout", cid="kept")

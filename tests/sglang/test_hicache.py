@@ -17,7 +17,8 @@ import torch
 from hicache_pools import DIM, HEADS, LAYERS, LAYOUTS, Open, canonical, fill, mha, mla, read, slots
 
 from kvist.engines.sglang.hicache_pages import HostPages, views
-from kvist.errors import KvistError
+from kvist.errors import KvistError, StoreError
+from kvist.pager.prefix import PrefixCache
 from kvist.repo.refs import RefKind
 from kvist.repo.repository import Repository
 
@@ -297,6 +298,23 @@ def test_clear_is_for_all_servers(open_backend: Open) -> None:
     assert open_backend(mha()).batch_exists(["a"]) == 0
     fill(pool, 5, 5)
     assert two.batch_set_v1(["a"], slots(two.pages.pool, 5)) == [True]
+
+
+def test_clear_says_whether_the_store_forgot(open_backend: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = mha()
+    one = open_backend(pool)
+    one.batch_set_v1(["a"], slots(pool, 0))
+
+    def fail(self: PrefixCache) -> None:
+        raise StoreError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixCache, "flush", fail)
+        assert not one.clear()
+    assert open_backend(mha()).exists("a")
+    two = open_backend(mha())
+    assert two.clear()
+    assert not open_backend(mha()).exists("a")
 
 
 # -- faults ---------------------------------------------------------------------------------------------------------

@@ -134,6 +134,7 @@ class OtherHostPool:
         (lambda: changed(layout="page_unified"), "page_unified .* expected layer_first, page_first, page_first_direct"),
         (lambda: changed(layer_num=LAYERS + 1), "1 layers of a draft model"),
         (lambda: changed(dcp_size=2), "dcp_size 2"),
+        (lambda: changed(kv_buffer=None), "a host pool without memory"),
         (lambda: changed(dtype=torch.float64), "torch.float64 cannot be stored"),
         (lambda: changed(dtype=torch.uint8), "uint8, --kv-cache-dtype None cannot be stored"),
     ],

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang_servers import needs_server, serve
 
-from conftest import needs_server, serve
 from kvist.testing.models import make_shape
 from kvist.testing.scenario.requests import (
     CHECKOUT,
@@ -76,6 +76,7 @@ def _stretch(config: Path) -> None:
     theta = said.get("rope_parameters", {}).get("rope_theta", 10000.0)
     said["rope_parameters"] = {"rope_type": "yarn", "rope_theta": theta, "factor": 2.0, "beta_fast": 32, "beta_slow": 1}
     said["rope_parameters"] |= {"original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
+    said["moe_layer_freq"] = 1
     config.write_text(json.dumps(said))
 
 
@@ -121,6 +122,12 @@ def test_goes_on_bit_for_bit(name: str, pasts: dict[str, Past], fresh: SglangSer
     got = go_on(fresh, before, 120)
     assert_same(got.steps[:40], before.next_steps(40))
     assert got.cached_tokens == before.tokens - 1
+
+
+def test_its_layout(schedule: Schedule, pasts: dict[str, Past], fresh: SglangServer) -> None:
+    layout = fresh.get(f"/v1/processfork/snapshots/{pasts['greedy'].cid}")["layout"]
+    attention = "mla" if schedule.shape == "latent" else "full"
+    assert (layout["attention"], layout["page_size_tokens"]) == (attention, schedule.page_size)
 
 
 def test_by_its_tokens_on_its_own_route(pasts: dict[str, Past], fresh: SglangServer) -> None:

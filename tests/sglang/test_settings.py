@@ -37,15 +37,26 @@ def test_settings_that_cannot_be_meant_are_refused(text: str, monkeypatch: pytes
 
 def test_names() -> None:
     """A client's name, with what made it unlike any other; the samples of one request."""
-    rid = "story-0123abcd"
+    rid = requests.called("story")
+    assert requests.called("story") != rid
     sample = requests.choice(rid)
     assert requests.choice(sample) != sample
     assert {requests.whole(requests.choice(sample)), requests.whole(sample), requests.whole(rid)} == {rid}
     assert {requests.name(each) for each in (rid, sample, f"{rid}_1", requests.choice(f"{rid}_0"))} == {"story"}
     for wanted in ("story", rid, sample, requests.choice(rid)):
         assert requests.is_called(sample, wanted)
-    assert not requests.is_called("story2-0123abcd", "story")
-    assert not requests.is_called(rid, "story-4567abcd")
+    for other in ("story2", "story-2", "1_story", "cmpl-story"):
+        assert not requests.is_called(requests.called(other), "story")
+    assert not requests.is_called(rid, requests.called("story"))
+
+
+@pytest.mark.parametrize("pair", [("job_00000001", "job_00000002"), ("run-20251122", "run-20251121"), ("a", "ab")])
+def test_ids_that_clients_choose_themselves_are_all_name(pair: tuple[str, str]) -> None:
+    """A snapshot of the one does not take the other too."""
+    one, other = pair
+    assert requests.name(one) == requests.whole(one) == one
+    assert not requests.is_called(other, one)
+    assert requests.is_called(requests.choice(one), one)
 
 
 def test_salts_keep_apart() -> None:

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from sglang_servers import needs_server, say, serve
 
-from conftest import needs_server, say, serve
 from kvist.repo import Repository
 from kvist.testing.live import LiveServer
 from kvist.testing.scenario import ConvertScenario

@@ -319,9 +319,9 @@ def test_the_longest_that_fits(server: VllmServer, books: dict[str, Book]) -> No
     got = ask(server, question, "tail", max_tokens=LONGEST - len(question))  # all that vLLM itself would grant
     assert (len(got.steps), got.finish_reason) == (room, "length")
     whole = ask(server, [*books["tail"].ids, *question], cache_salt="longest", max_tokens=room)
-    # chunks of a long prefill begin elsewhere, which is not the same to the last bit
+    # chunks of a long prefill begin elsewhere: in bfloat16 up to 0.06 apart, where one lost token makes 0.3
     assert got.steps[0].token_id == whole.steps[0].token_id
-    assert abs(got.steps[0].logprob - whole.steps[0].logprob) < 0.05
+    assert abs(got.steps[0].logprob - whole.steps[0].logprob) < 0.15
 
 
 # -- other routes --------------------------------------------------------------------------------------------------

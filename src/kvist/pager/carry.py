@@ -5,11 +5,13 @@ Knows the keys of a sequence's state that engines share. Must not know pages.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
+from kvist.hashing import sha256_cid
 from kvist.layout import Layout
-from kvist.repo.manifest import LogicalSeq
+from kvist.repo.manifest import LogicalSeq, canonical_json
 
 CONVERTED: Final = "converted"
 """Key of a manifest's numerics: fingerprints of the layouts that its pages had before, first to last. No engine has it
@@ -18,7 +20,13 @@ among its own, so a checkout of such pages is never called bit-exact, and no cap
 NOT_CARRIED: Final = "not_carried"
 """Key of a sequence's state: texts, each naming something that does not go on as if it had never stopped."""
 
-_KEPT: Final = frozenset({"sampling", "prompt_tokens", "finished", "cartridge", "kvist_cartridge", "salt", NOT_CARRIED})
+NUMERICS: Final = "numerics"
+"""Key of a sequence's state: a digest of the numerics under which its first pages were computed, where these were not
+the engine's own. An engine that finds pages by their tokens must not give them to any other sequence."""
+
+_KEPT: Final = frozenset(
+    {"sampling", "prompt_tokens", "finished", "cartridge", "kvist_cartridge", "salt", NOT_CARRIED, NUMERICS}
+)
 """What every engine reads alike, or leaves alone. A salt and a cartridge say whose a sequence is: they must stay."""
 
 _DRAWS: Final = "its draws start anew: the generator's state is its engine's own"
@@ -53,6 +61,12 @@ def numerics(source: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         layout: that they had.
     """
     return {**source, CONVERTED: [*_texts(source.get(CONVERTED)), layout.fingerprint]}
+
+
+def apart(seq: LogicalSeq, numerics: Mapping[str, Any]) -> LogicalSeq:
+    """A sequence whose pages were computed under these numerics, for an engine of others; its state says so."""
+    told = {"numerics": dict(numerics), "before": seq.state.get(NUMERICS)}
+    return dataclasses.replace(seq, state=seq.state | {NUMERICS: sha256_cid(canonical_json(told))})
 
 
 def _texts(value: object) -> list[str]:

@@ -24,10 +24,11 @@ from kvist.layout import REPAGED, Layout
 from kvist.pager.carry import carry, numerics
 from kvist.pager.conversion import ConversionPlan, Converted
 from kvist.pager.repage import Bytes, Repager, Run, runs_of
+from kvist.repo import lease
 from kvist.repo.manifest import LogicalSeq, Manifest, PageEntry, parse_json
 from kvist.repo.refs import RefKind
 from kvist.repo.repository import Repository
-from kvist.repo.snapshot import Snapshot
+from kvist.repo.snapshot import Snapshot, check_parts
 from kvist.telemetry import operation
 
 BRANCHES: Final = "converted/"
@@ -107,7 +108,7 @@ def plan(repo: Repository, rev: str, wanted: Sequence[Layout], *, branch: str | 
         NotFound: no such snapshot, or it lacks a rank.
         UntrustedSnapshot: the repository has such a policy, and no trusted key signed it.
         PrunedSnapshot: its pages are gone.
-        InvalidInput: it has that layout already, or it has no sequences.
+        InvalidInput: it has that layout already, it has no sequences, or its manifests are in no order.
         Conflict: the branch names something else.
         LayoutMismatch: the layouts are not of one model, revision and dtype, or heads do not fit.
         UnsupportedModel: sliding or latent attention, several groups, fp8, or an order that only its engine can read.
@@ -117,6 +118,7 @@ def plan(repo: Repository, rev: str, wanted: Sequence[Layout], *, branch: str | 
     branch = check_name(BRANCHES + short(snapshot.cid) if branch is None else branch)
     of = f"snapshot {snapshot.cid}"
     ranks = repo.manifests(snapshot.cid)
+    check_parts(ranks)  # a record that no commit of ours made may name them in any order
     source, target = ranks[0].layout, wanted[0]
     if other := {name: two for name, two in target.differences(source).items() if name not in REPAGED | {"group"}}:
         told = "; ".join(f"{name} {there!r} there, {here!r} wanted" for name, (there, here) in other.items())
@@ -248,7 +250,7 @@ def _is_whole(repo: Repository, cid: str) -> bool:
 def apply(
     repo: Repository, plan: ConversionPlan, *, window: int = WINDOW, progress: Progress | None = None
 ) -> Converted:
-    """Make the snapshot of a plan.
+    """Make the snapshot of a plan. A gc beside it takes neither the source nor what was made of it so far.
 
     Args:
         repo: that of the plan.
@@ -258,18 +260,19 @@ def apply(
 
     Raises:
         MissingPage, DamagedPage: a page of the source cannot be had; no snapshot was made.
-        Conflict: the branch moved meanwhile, or a gc took what is needed; retry.
+        Conflict: the branch moved meanwhile, or a gc took the source before this began; retry.
         StoreFull, …: see `Repository.commit`.
     """
     if plan.existing is not None and not plan.mends:
         return Converted(plan.existing, 0)
-    with operation("convert", cid=plan.source) as told:
+    with operation("convert", cid=plan.source) as told, lease.hold(repo, cids=[plan.source], since=True) as held:
         repager, done, new_bytes = plan.repager, 0, 0
         entries: list[list[PageEntry]] = [[] for _ in range(plan.layout.tp_size)]
         for runs in _windows(plan, repager, window):
             made = _make(repo, plan, repager, runs)
             flat = made.reshape(-1, plan.layout.page_bytes)
             put = repo.put_pages([half.data for half in flat])
+            held.renew()
             names = iter(put.digests)
             for pages in entries:
                 pages += [PageEntry(len(pages) + n, next(names), next(names)) for n in range(len(runs))]

@@ -14,6 +14,7 @@ from kvist.errors import NotFound
 from kvist.layout import Layout
 from kvist.pager.arena import Arena
 from kvist.pager.base import CachePager
+from kvist.pager.carry import apart
 from kvist.repo.manifest import LogicalSeq, Manifest, PageEntry
 from kvist.repo.repository import Repository
 
@@ -58,6 +59,9 @@ def restore(
     Pages the engine already holds, by block hash, are shared. The others are read and verified while the engine
     runs; it is paused to look up the former and to write the latter.
 
+    Pages that were computed under other numerics are not those of the engine's blocks, equal tokens or not: they are
+    not shared with these, they bring no block hash, and their sequences say so (`kvist.pager.carry.NUMERICS`).
+
     Args:
         pager: the engine, or one group of one rank of it; its layout must equal that of one of the snapshot's
             manifests, which is then the one that is restored.
@@ -79,12 +83,16 @@ def restore(
     repo.require_trusted(cid)
     layout = pager.meta()
     manifest = _manifest_for(repo, cid, layout)
+    same_numerics = dict(manifest.numerics) == pager.numerics()
     seqs = _choose(manifest, cid, sequences)
+    if not same_numerics:
+        seqs = [apart(seq, manifest.numerics) for seq in seqs]
     needed = {ix for seq in seqs for ix in seq.page_ixs}
     pages = [page for page in manifest.pages if sequences is None or page.ix in needed]
+    blocks = {page.ix: page.block if same_numerics else None for page in pages}
     clock = _PauseClock(pager)
     with clock.paused():
-        shared = pager.share_pages([page.block for page in pages])
+        shared = pager.share_pages([blocks[page.ix] for page in pages])
     held = [ix for ix in shared if ix is not None]
     missing = [page for page, ix in zip(pages, shared, strict=True) if ix is None]
     try:
@@ -93,7 +101,7 @@ def restore(
             with clock.paused():
                 slots = pager.allocate_pages(len(missing))
                 held += slots
-                pager.write_pages(slots, buffer, [page.block for page in missing])
+                pager.write_pages(slots, buffer, [blocks[page.ix] for page in missing])
                 fresh = iter(slots)
                 place = {page.ix: next(fresh) if ix is None else ix for page, ix in zip(pages, shared, strict=True)}
                 installed = [
@@ -110,7 +118,7 @@ def restore(
         tokens=replace(manifest, pages=tuple(pages), sequences=tuple(seqs)).tokens,
         pages=len(pages),
         pages_loaded=len(missing),
-        same_numerics=dict(manifest.numerics) == pager.numerics(),
+        same_numerics=same_numerics,
         pause_s=clock.seconds,
         total_s=time.perf_counter() - started,
     )

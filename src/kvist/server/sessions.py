@@ -78,7 +78,8 @@ class Moved:
         loads, loads_failed: checkouts that had pages to bring, and of those the ones that brought none.
         pages_loaded, bytes_loaded: written into the engine. All of them were read from the repository for it.
         load_seconds: what they took.
-        pages_captured, bytes_captured: copied out of the engine.
+        pages_captured: copied out of the engine.
+        bytes_captured: of them, what the repository did not have.
     """
 
     loads: int = 0
@@ -173,7 +174,7 @@ class Sessions:
             )
             told.add(nbytes=done.new_bytes, pages=2 * done.pages_copied)
             self.moved.pages_captured += done.pages_copied
-            self.moved.bytes_captured += 2 * done.pages_copied * self.engine.layout.page_bytes
+            self.moved.bytes_captured += done.new_bytes
             cid = done.snapshot.cid
             self.set_head([seq.id for seq in self.manifest(cid).sequences], cid)
             if sequence_ids is None:

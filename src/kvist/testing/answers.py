@@ -1,4 +1,4 @@
-"""Completions of a server that speaks OpenAI's API as vLLM does: what is asked with every one, and what it answers.
+"""Completions of a server that speaks OpenAI's API as live engines do: what is asked with every one, and what it says.
 
 Knows that wire format. Must not know processes.
 """

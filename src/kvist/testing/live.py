@@ -32,8 +32,6 @@ from kvist.testing.processes import kill_tree, tree
 
 _BOOT_S: Final = 900.0
 _END_S: Final = 60.0
-_SILENCE_S: Final = 180.0
-"""A server that says nothing for so long hangs."""
 _INTERVAL_S: Final = 0.05
 
 
@@ -42,12 +40,14 @@ class LiveServer:
 
     Attributes:
         called: the engine, in messages.
+        silence_s: a server that says nothing for so long hangs; ``None``: it may be so slow.
         url: where it answers, ``http://127.0.0.1:<port>``.
         http: a client for it, to be used from any thread. It has the API key, if there is one.
         pid: the API server's process, leader of a session that holds all the others.
     """
 
     called: ClassVar[str] = "the server"
+    silence_s: ClassVar[float | None] = 180.0
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class LiveServer:
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx2.Client(
             base_url=self.url,
-            timeout=_SILENCE_S,
+            timeout=self.silence_s,
             limits=httpx2.Limits(max_connections=None),
             headers={"Authorization": f"Bearer {api_key}"} if api_key is not None else {},
             trust_env=False,

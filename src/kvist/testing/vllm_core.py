@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
+from kvist.engines.vllm.names import is_called
 from kvist.errors import EngineError, InvalidInput, KvistError, NotFound
 from kvist.layout import Layout
 from kvist.repo import LogicalSeq, Manifest, PageEntry, Repository
@@ -231,7 +232,7 @@ class FakeEngineClient:
 
     def _begin(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         wanted = payload["request_id"]
-        chosen = [each for each in self._requests.values() if wanted is None or _is_called(each.name, wanted)]
+        chosen = [each for each in self._requests.values() if wanted is None or is_called(each.name, wanted)]
         if wanted is not None and not chosen:
             raise NotFound(f"no live or recently finished request {wanted!r}", hint="name it by X-Request-Id")
         if self._async and any(each.draws for each in chosen) and not payload.get("paused"):
@@ -351,7 +352,3 @@ class FakeEngineClient:
 
 def _block(tokens: Sequence[int]) -> str:
     return sha256(repr(tuple(tokens)).encode()).hexdigest()
-
-
-def _is_called(name: str, wanted: str) -> bool:
-    return re.fullmatch(rf"(?:\d+_)?(?:(?:chat)?cmpl-)?{re.escape(wanted)}(?:-\d+)?", name) is not None

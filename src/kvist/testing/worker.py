@@ -13,6 +13,7 @@ class Worker(LiveServer):
     """A running `kvist serve`, in one process."""
 
     called = "the worker"
+    silence_s = None
 
     def __init__(self, model: Path, store: str, *options: str) -> None:
         """Start it; it is ready once `wait` returns.
@@ -28,6 +29,6 @@ class Worker(LiveServer):
         super().__init__([*command, *options], port=port, env={"HF_HUB_OFFLINE": "1"})
 
     def kill(self) -> None:
-        """SIGKILL: no handler runs, nothing is flushed."""
+        """SIGKILL: no handler runs, nothing is flushed. Also where there is no ``/proc``: it has no other process."""
         self._process.kill()
         self._close()

@@ -81,6 +81,7 @@ class Plain:
         self.known = Checkouts(self.windows, SIZE)
         self.needs_pause = False
         self.paused = 0
+        self.kept: set[str] = set()  # captures that keep their pages in place
         self.loose: list[int] = []  # blocks of its prefix cache that are no request's
         self.lost: list[tuple[int, int]] = []
         self._numbers = itertools.count(1)
@@ -97,7 +98,7 @@ class Plain:
 
     def load(self, cid: str, sequence: str, blocks: Sequence[int]) -> None:
         """What a request does that continues a sequence; returns when it is there, or is not."""
-        found = self.known.named(cid, sequence)
+        found = self.known.named(cid, sequence, lambda stored: True)
         assert found is not None
         checkout, stored = found
         pages: list[tuple[Place, int | str]] = []
@@ -159,18 +160,23 @@ class Plain:
         sequences = [
             SequencePlan(each.name, each.name, each.token_ids, each.cached, [(0, each.blocks)], {}) for each in chosen
         ]
-        return CapturePlan(f"capture-{next(self._numbers)}", list(places.values()), sequences)
+        name = f"capture-{next(self._numbers)}"
+        self.kept.add(name)
+        return CapturePlan(name, list(places.values()), sequences)
 
     def gone(self, capture: str) -> list[tuple[int, int]]:
         return self.lost
 
     def release(self, capture: str) -> None:
-        pass
+        self.kept.discard(capture)
 
     # -- live.client.Engine --------------------------------------------------------------------------------------
 
     def option(self, name: str) -> str | None:
         return None
+
+    def request_of(self, sequence: str) -> str:
+        return sequence
 
     async def call(self, op: str, payload: Mapping[str, Any]) -> Mapping[str, Any]:
         return answers.answer(op, lambda: answers.call(self, op, payload))

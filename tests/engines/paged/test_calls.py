@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 
 from kvist.engines.paged import answers
 from kvist.engines.paged.plans import Load, Place
-from kvist.errors import EngineError, InvalidInput, KvistError, NotFound
+from kvist.errors import EngineError, InvalidInput, KvistError, NotFound, StoreFull
 from kvist.repo import Repository, Snapshot
 from kvist.server.live.client import Captured, Core
 from kvist.server.live.parts import payload_of, read_parts
+from kvist.server.live.snapshots import Snapshots
+from kvist.server.schema import SnapshotBody
 
 from .plain import SIZE, Plain
 
@@ -111,6 +114,38 @@ def test_a_pause_where_the_engine_asks_for_one(start: Start) -> None:
     engine.needs_pause = True
     captured(engine)
     assert engine.paused == 2
+
+
+def test_a_capture_is_let_go_however_it_ends(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(ranks=2)
+    engine.add("one", IDS, HELD)
+
+    def fail(*_: Any) -> None:
+        raise StoreFull("no room")
+
+    for what in ("captures.begin", "repo.put_pages", "repo.objects.put_manifests"):
+        with monkeypatch.context() as patch:
+            owner, _, name = what.rpartition(".")
+            patch.setattr(operator.attrgetter(owner)(engine.by_rank[1].mover), name, fail)
+            with pytest.raises(StoreFull, match="no room"):
+                captured(engine)
+        assert not engine.kept
+    assert captured(engine).pages == 3 and not engine.kept
+
+
+def test_a_name_that_ends_in_a_number_is_no_choice_of_another(start: Start) -> None:
+    engine = start()
+    engine.add("user", IDS, HELD)
+    engine.add("user-1", IDS, [7, 8, 11])
+
+    async def go() -> list[dict[str, Any]]:
+        snapshots = Snapshots()
+        snapshots.attach(engine)
+        return [await snapshots.snapshot(SnapshotBody(request_id=name)) for name in ("user", "user-1")]
+
+    first, second = asyncio.run(go())
+    assert (first["branch"], second["branch"]) == ("seq/user", "seq/user-1")
+    assert not first["parents"] and not second["parents"]
 
 
 def test_preload_brings_all_into_host_memory(start: Start) -> None:

@@ -43,7 +43,7 @@ def sent(client: TestClient, path: str, content: bytes, called: str | None = "st
 def test_a_request_is_called_what_its_client_calls_it(path: str, client: TestClient) -> None:
     """With letters of its own after it, so that no two are called alike, and none begins as another."""
     bodies = [json.loads(sent(client, path, b'{"prompt": [1]}')) for _ in range(2)]
-    assert all(re.fullmatch(r"story-[0-9a-f]{8}", body["rid"]) for body in bodies)
+    assert all(re.fullmatch(r"story~[0-9a-f]{8}", body["rid"]) for body in bodies)
     assert bodies[0]["rid"] != bodies[1]["rid"]
     assert {name(body["rid"]) for body in bodies} == {"story"}
     assert all(body["prompt"] == [1] for body in bodies)

@@ -224,7 +224,8 @@ class HfPager(CachePager):
                 pool.filled[ix] = pool.page_size
 
     def install_logical_seqs(self, seqs: Sequence[LogicalSeq]) -> None:
-        """Make ``seqs`` resident: each can be resumed by name, and found by a prompt that starts with its ids.
+        """Make ``seqs`` resident: each can be resumed by name, and found by a prompt that starts with its ids,
+        unless its state says that other numerics computed it (`kvist.pager.carry.NUMERICS`).
 
         Raises:
             Conflict: a sequence of that id is in the engine, or twice in ``seqs``.

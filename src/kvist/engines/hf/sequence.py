@@ -16,6 +16,7 @@ from kvist.engines.hf.sampling import Row, SamplingParams
 from kvist.errors import InvalidInput
 from kvist.hashing import block_root, extend_block_hashes
 from kvist.pager import LogicalSeq
+from kvist.pager.carry import NUMERICS
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -156,6 +157,7 @@ class Sequence:
         prefix: the cartridge that it begins with, or ``None``.
         hold: on the cartridge's pages, as long as it is live.
         owner_salt: of whose it is; ``""``: nobody's in particular.
+        numerics: digest of those that computed its first pages, see `kvist.pager.carry.NUMERICS`; ``""``: the engine's.
     """
 
     id: str
@@ -174,12 +176,15 @@ class Sequence:
     prefix: Prefix | None = None
     hold: Hold | None = None
     owner_salt: str = ""
+    numerics: str = ""
     _hashes: list[bytes] = field(default_factory=list)
 
     @property
     def salt(self) -> str:
         """Of its block hashes: sequences with other salts share no page with it."""
         own = self.prefix.salt if self.prefix is not None else ""
+        if self.numerics:
+            own = f"numerics:{self.numerics}:{own}"
         return f"{self.owner_salt}:{own}" if self.owner_salt else own
 
     @property
@@ -212,7 +217,8 @@ class Sequence:
         if self.foreign_state is not None:
             return self.foreign_state
         state = {"sampling": self.params.state(), "draws": self.draws, "prompt_tokens": self.prompt_tokens}
-        return state if self.prefix is None else state | {"cartridge": self.prefix.to_dict()}
+        apart = {NUMERICS: self.numerics} if self.numerics else {}
+        return state | apart | ({"cartridge": self.prefix.to_dict()} if self.prefix is not None else {})
 
     def logical(self, page_size: int) -> LogicalSeq:
         """As a pager tells it."""
@@ -229,8 +235,11 @@ def restored(seq: LogicalSeq, page_size: int, owner_salt: str = "") -> Sequence:
     """The finished sequence that ``seq`` describes; its slots are not held yet.
 
     Raises:
-        InvalidInput: its state names a cartridge in a way that cannot be read.
+        InvalidInput: its state names a cartridge, or numerics, in a way that cannot be read.
     """
+    numerics = seq.state.get(NUMERICS, "")
+    if not isinstance(numerics, str):
+        raise InvalidInput(f"expected a state's {NUMERICS} to be a digest, got {numerics!r:.200}")
     return Sequence(
         id=seq.id,
         token_ids=list(seq.token_ids),
@@ -242,6 +251,7 @@ def restored(seq: LogicalSeq, page_size: int, owner_salt: str = "") -> Sequence:
         foreign_state=dict(seq.state),
         prefix=Prefix.of_state(seq.state),
         owner_salt=owner_salt,
+        numerics=numerics,
     )
 
 
@@ -273,4 +283,5 @@ def continuation(source: Sequence, params: SamplingParams, override: Mapping[str
         parent=source.id,
         prefix=source.prefix,
         owner_salt=source.owner_salt,
+        numerics=source.numerics,
     )

@@ -6,6 +6,7 @@ done here, beside the engine's own work:
 * one rank's pages between the cache, host memory and the store: `mover`, over `pages`, `staging`, `capturing`,
   `fetching`, `saving` and `arrivals`;
 * what a request may take from a snapshot, or from the durable prefix cache: `matching`, `checkouts`, `index`;
+* what requests are called, and what pins the weights: `requests`, `pinning`;
 * chunks that a cache tier of another project hands over to be kept: `chunks`, `pins`, `options`;
 * the calls of the API process: `answers`, whose other end is `kvist.server.live`.
 

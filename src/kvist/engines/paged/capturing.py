@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from kvist.engines.paged.pages import Done, GroupPages
@@ -104,6 +105,17 @@ class Captures:
             if pages.size(pair[0]) is not None and pages.size(pair[1]) is not None
         }
 
+    def hurry(self, capture_id: str) -> None:
+        """Copy what the repository may hold already, rather than wait to hear of it behind what is being stored.
+
+        For an engine that stands still; what turns out to be there is not stored again.
+        """
+        capture = self._running[capture_id]
+        if not capture.known.done():
+            capture.known.cancel()
+            capture.known = Future()
+            capture.known.set_result({})
+
     def copy(self, capture_id: str, gone: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Copy some more pages out of the cache; the engine stands still meanwhile.
 
@@ -132,35 +144,36 @@ class Captures:
             whole = [place for place in part if (place.group, place.block) not in capture.gone]
             self._pool.release(slots[len(whole) :])
             if whole:
-                done = group.read([place.block for place in whole], self._pool.rows, slots[: len(whole)])
-                capture.stored.append(
-                    self._writer.submit(self._store_pages, capture, group, whole, slots[: len(whole)], done)
-                )
+                slots = slots[: len(whole)]
+                done = group.read([place.block for place in whole], self._pool.rows, slots)
+                stored = self._writer.submit(self._store_pages, capture, group, whole, slots, done)
+                # Not in the thread: what `close` cancels is never run, and whoever waits for slots would wait for ever.
+                stored.add_done_callback(partial(self._give_back, slots))
+                capture.stored.append(stored)
             copied += len(part) * group.page_bytes
         return {"left": len(capture.left), "busy": copied == 0 and bool(capture.left)}
 
     def _most(self, group: GroupPages) -> int:
         return max(1, _CHUNK // group.page_bytes)
 
+    def _give_back(self, slots: Sequence[int], _: Future[None]) -> None:
+        self._pool.release(slots)
+
     def _store_pages(
         self, capture: _Capture, group: GroupPages, places: Sequence[Place], slots: Sequence[int], done: Done
     ) -> None:
         """In a thread: hash and write what was copied."""
-        half = group.layout.page_bytes
-        try:
-            done.wait()
-            put = self._repo().put_pages(self._pool.halves(slots, half))
-            pairs = list(zip(put.digests[::2], put.digests[1::2], strict=True))
-            for place, slot, pair in zip(places, slots, pairs, strict=True):
-                self._pool.name(slot, pair)
-                capture.digests[place.group, place.block] = pair
-            capture.copied += len(places)
-            capture.new_bytes += put.new_bytes
-            self.pages_captured += len(places)
-            self.bytes_captured += put.new_bytes
-            self._known.learn(places, pairs)
-        finally:
-            self._pool.release(slots)
+        done.wait()
+        put = self._repo().put_pages(self._pool.halves(slots, group.layout.page_bytes))
+        pairs = list(zip(put.digests[::2], put.digests[1::2], strict=True))
+        for place, slot, pair in zip(places, slots, pairs, strict=True):
+            self._pool.name(slot, pair)
+            capture.digests[place.group, place.block] = pair
+        capture.copied += len(places)
+        capture.new_bytes += put.new_bytes
+        self.pages_captured += len(places)
+        self.bytes_captured += put.new_bytes
+        self._known.learn(places, pairs)
 
     def finish(self, capture_id: str) -> dict[str, Any]:
         """The manifests' cids, once all is stored; poll until ``done``.

@@ -70,11 +70,16 @@ class Checkouts:
             raise NotFound(f"snapshot {cid} is not checked out")
         return self._by_cid[cid].content
 
-    def named(self, cid: object, sequence: object) -> tuple[Checkout, Stored] | None:
-        """A snapshot and the sequence of it that a request names; ``None``: it is not checked out, or has none such."""
+    def named(self, cid: object, sequence: object, fits: Callable[[Stored], bool]) -> tuple[Checkout, Stored] | None:
+        """A snapshot and the sequence of it that a request names; ``None``: there is none that it may continue.
+
+        Args:
+            cid, sequence: what the request says, of whatever type.
+            fits: whether a sequence is the request's to continue: by its tokens, and the salt that they came under.
+        """
         checkout = self._by_cid.get(cid) if isinstance(cid, str) else None
         stored = checkout.sequences.get(sequence) if checkout is not None and isinstance(sequence, str) else None
-        if checkout is None or stored is None:
+        if checkout is None or stored is None or not fits(stored):
             return None
         self._by_cid.move_to_end(str(cid))
         return checkout, stored

@@ -225,11 +225,10 @@ class Chunks:
         """Forget all chunks that are not pinned; how many."""
         return sum(self.remove(block, force=False) for _, block in self._cache)
 
-    def flush(self) -> None:
-        """Wait until all that was put or removed before is dealt with."""
+    def flush(self) -> bool:
+        """Wait until all that was put or removed before is dealt with; whether the store has taken the last of it."""
         put = _Put([], lambda block: None)
-        if self._submit(put):
-            put.future.result()
+        return self._submit(put) and put.future.exception() is None
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -355,7 +354,7 @@ class Chunks:
                 put.done(block)
             except Exception:  # the caller's; the others want to hear too
                 self._log.exception("a callback for chunk %s failed", block)
-        if failed is not None and put.entries:
+        if failed is not None:
             put.future.set_exception(failed)
         else:
             put.future.set_result(len(mine))

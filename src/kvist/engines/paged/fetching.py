@@ -64,6 +64,7 @@ class Fetching:
         with self._lock:
             for content in contents:
                 self._snapshots.pop(content, None)
+                self._preloads.pop(content, None)
 
     def digests(self, content: str, group: int, numbers: Sequence[int]) -> list[Digests]:
         """Of pages of a snapshot, by their ``ix``; waits for its manifests.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -27,11 +26,6 @@ def sequence_id(name: str) -> str:
         return check_name(name)
     except InvalidName:
         return "request-" + sha256(name.encode()).hexdigest()[:16]
-
-
-def is_called(name: str, wanted: str) -> bool:
-    """Whether a client that says ``wanted`` means the request of this name: the answer's id, or its X-Request-Id."""
-    return re.fullmatch(rf"(?:\d+_)?(?:(?:chat)?cmpl-)?{re.escape(wanted)}(?:-\d+)?", name) is not None
 
 
 def newest(ended: Iterable[_T], name: Callable[[_T], str]) -> list[_T]:

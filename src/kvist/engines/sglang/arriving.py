@@ -8,6 +8,7 @@ a snapshot holds of them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,37 +18,19 @@ from typing import Any, Final
 import torch
 
 from kvist.engines.paged.checkouts import Checkouts
-from kvist.engines.paged.matching import Checkout, Stored, starts_with
+from kvist.engines.paged.matching import Stored
 from kvist.engines.paged.mover import PageMover
 from kvist.engines.paged.plans import Load, Place
-from kvist.engines.paged.requests import digest
 from kvist.engines.sglang import internals, penalties, requests
 from kvist.engines.sglang.generations import Generations
+from kvist.engines.sglang.matches import Match, Matches
 from kvist.engines.sglang.requests import Standing
-from kvist.hashing import extend_block_hashes
 
 log = logging.getLogger("kvist.sglang")
 
 _LOST: Final = "the pages of the snapshot that this request continues cannot be had: the server's log says why"
-
-
-@dataclass(frozen=True, slots=True)
-class _Match:
-    """What a request takes.
-
-    Attributes:
-        checkout: the snapshot.
-        tokens: how many of its tokens.
-        refs: the manifest's page of each page of them, in order.
-        stored: the sequence that they are, or ``None``: a chain of blocks.
-        names: of the pages, as far as they are full.
-    """
-
-    checkout: Checkout
-    tokens: int
-    refs: list[int]
-    stored: Stored | None
-    names: list[bytes]
+_PATIENCE: Final = 2
+"""Steps in which SGLang computes nothing, and lets in none of those that are ready, before one of them gives way."""
 
 
 @dataclass(slots=True)
@@ -55,7 +38,7 @@ class _Held:
     """A request that is held back, and what is being loaded for it.
 
     Attributes:
-        rid: SGLang's id of the request.
+        load: what its load is called; SGLang's id of the request may come again.
         request: SGLang's; ``None``: it went away meanwhile.
         match: what it takes.
         go: lets SGLang have it.
@@ -64,9 +47,9 @@ class _Held:
         lock: keeps those tokens.
     """
 
-    rid: str
+    load: str
     request: Any
-    match: _Match
+    match: Match
     go: Callable[[], None]
     known: int = 0
     slots: torch.Tensor | None = None
@@ -78,18 +61,21 @@ class _Ready:
     """A request that SGLang has, but has not taken up.
 
     Attributes:
-        request: SGLang's.
-        lock: keeps its pages.
+        held: what it was; its lock keeps the pages.
         start: tokens in whole pages.
         tail: slots of the partly filled page after them: nobody's but the request's; ``None``: there is none.
         fill: tokens in it.
     """
 
-    request: Any
-    lock: Any
+    held: _Held
     start: int
     tail: torch.Tensor | None
     fill: int
+
+    @property
+    def request(self) -> Any:
+        """SGLang's."""
+        return self.held.request
 
 
 class Arriving:
@@ -116,8 +102,11 @@ class Arriving:
         self._generations, self._is_failing = generations, is_failing
         self._tree, self._allocator = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator
         self._size: int = self._allocator.page_size
+        self._matches = Matches(self._tree, checkouts, self._size)
         self._held: list[_Held] = []
         self._ready: dict[str, _Ready] = {}
+        self._passed = 0
+        self._loads = itertools.count(1)
 
     @property
     def waiting(self) -> Iterator[Any]:
@@ -139,16 +128,19 @@ class Arriving:
     def hold(self, request: Any, go: Callable[[], None]) -> bool:
         """A request has come: whether it is held back, as it takes something.
 
-        `advance`, before the next step, is the first to look after it; ``go`` then lets SGLang have it.
+        `advance`, before the next step, is the first to look after it; ``go`` then lets SGLang have it. One that was
+        held is not held again where SGLang puts it back into its queue, for a pause or another one's priority.
         """
         if not self._checkouts or not internals.is_plain(request) or request.finished() or request.to_finish:
             return False
-        match = self._match(request)
+        if requests.standing(request) is not None:
+            return False
+        match = self._matches.of(request)
         if match is None:
             return False
         salt = match.checkout.salt(requests.own_salt(request))
         request.kvist, request.cache_salt = self._standing(request, match.stored), salt
-        self._held.append(_Held(request.rid, request, match, go))
+        self._held.append(_Held(f"{request.rid}#{next(self._loads)}", request, match, go))
         return True
 
     def _standing(self, request: Any, stored: Stored | None) -> Standing:
@@ -159,43 +151,6 @@ class Arriving:
         if goes_on and penalties.counts(request.sampling_params):
             standing.before = penalties.counted(ids, prompt, is_late=self._scheduler.enable_overlap)
         return standing
-
-    def _match(self, request: Any) -> _Match | None:
-        wanted = requests.wanted(request)
-        return self._best(request) if wanted is None else self._named(request, *wanted)
-
-    def _named(self, request: Any, cid: str, name: str) -> _Match | None:
-        """The sequence that the request names, if it came with its salt; the API process has checked that it fits."""
-        found = self._checkouts.named(cid, name)
-        salt, ids = digest(requests.own_salt(request)), list(request.origin_input_ids)
-        if found is None or found[1].state.get("salt") != salt or not starts_with(ids, found[1]):
-            log.warning("request %s names a sequence that it cannot continue; it is computed", request.rid)
-            return None
-        return self._taking(*found, ids) if found[1].cached else None
-
-    def _best(self, request: Any) -> _Match | None:
-        """The longest of what the prefix cache and the snapshots have for a request; ``None``: the former's."""
-        ids, own = list(request.origin_input_ids), requests.own_salt(request)
-        names: list[bytes] = []
-        extend_block_hashes(names, ids, self._size, salt=digest(own) or "")
-
-        def reach(checkout: Checkout | None) -> int:
-            salt = request.cache_salt if checkout is None else checkout.salt(own)
-            return internals.match(self._tree, ids[:-1], request.extra_key, salt)[0]
-
-        found = self._checkouts.best(ids, names, own, reach)
-        if found is None:
-            return None
-        if found.stored is not None:
-            return self._taking(found.checkout, found.stored, ids)
-        taken = names[: found.tokens // self._size]
-        return _Match(found.checkout, found.tokens, [found.checkout.by_hash[0][name] for name in taken], None, taken)
-
-    def _taking(self, checkout: Checkout, stored: Stored, ids: list[int]) -> _Match:
-        names: list[bytes] = []
-        extend_block_hashes(names, ids[: stored.cached], self._size, salt=stored.state.get("salt", ""))
-        refs = [ref for ref in stored.pages[0] if ref is not None]
-        return _Match(checkout, stored.cached, refs, stored, names)
 
     def let_go(self, is_meant: Callable[[str], bool]) -> None:
         """Let SGLang have the held requests of these ids, for it to abort them."""
@@ -209,15 +164,22 @@ class Arriving:
         """Between two steps: take what was loaded, load what can be, and let go of what SGLang has taken up."""
         if self._ready:
             self._clean()
+        self._passed = self._passed + 1 if self._are_passed_over() else 0
+        if self._passed >= _PATIENCE:
+            self._give_way()
         if not self._held:
             return
         arrived, failed, _ = self._mover.arrivals.take()
         self._mover.arrivals.take_report()
         for held in list(self._held):
-            if held.slots is not None and held.rid in arrived:
+            if held.slots is not None and held.load in arrived:
                 self._install(held, held.slots)
-            elif held.slots is not None and held.rid in failed:
+            elif held.slots is not None and held.load in failed:
                 self._lose(held, held.slots)
+        if not self._passed:  # or it would take what was just given back
+            self._load_what_can_be()
+
+    def _load_what_can_be(self) -> None:
         loading = {held.match.checkout.content for held in self._held if held.slots is not None}
         for held in list(self._held):
             content = held.match.checkout.content
@@ -236,12 +198,14 @@ class Arriving:
         if not numbers:
             self._finish(held, None)
             return
-        slots = internals.take(self._scheduler, len(numbers))
+        is_alone = (
+            not self._ready and not any(True for _ in internals.requests(self._scheduler)) and not self._is_loading
+        )
+        fits = is_alone or len(numbers) * self._size + self._still_wanted(request) < self._room()
+        slots = internals.take(self._scheduler, len(numbers)) if fits else None
         if slots is None:
             self._unlock(held)
-            if not any(True for _ in internals.requests(self._scheduler)) and not any(
-                other.slots is not None for other in self._held
-            ):
+            if is_alone:
                 log.warning("request %s: the KV cache has no room for its %d pages", request.rid, len(numbers))
                 self._compute(held)
             return
@@ -253,7 +217,21 @@ class Arriving:
             name = match.names[number].hex() if number < len(match.names) else None
             places.append((Place(0, page, generation, fill, name), match.refs[number]))
         internals.synchronize(self._allocator.device)  # a step in flight may still write to pages that were given back
-        self._mover.load([Load(held.rid, match.checkout.content, places)])
+        self._mover.load([Load(held.load, match.checkout.content, places)])
+
+    @property
+    def _is_loading(self) -> bool:
+        return any(held.slots is not None for held in self._held)
+
+    def _room(self) -> int:
+        """Tokens that can be taken so that all who run, and those before this one, can go on as SGLang reckons it."""
+        before = [ready.request for ready in self._ready.values()]
+        before += [held.request for held in self._held if held.slots is not None and held.request is not None]
+        return internals.room(self._scheduler) - sum(map(self._still_wanted, before))
+
+    def _still_wanted(self, request: Any) -> int:
+        """Tokens that SGLang wants to see free before it lets in a request that hits all but one of its tokens."""
+        return internals.to_come(request) + 1 + self._size
 
     def _install(self, held: _Held, slots: torch.Tensor) -> None:
         """Its pages are there: the full ones become the prefix cache's, a partly filled last one the request's."""
@@ -306,7 +284,8 @@ class Arriving:
         self._held.remove(held)
         tokens = held.match.tokens
         start = tokens - tokens % self._size
-        self._ready[held.request.rid] = _Ready(held.request, held.lock, start, tail, tokens - start)
+        held.slots = None
+        self._ready[held.request.rid] = _Ready(held, start, tail, tokens - start)
         held.go()
 
     def _unlock(self, held: _Held) -> None:
@@ -322,10 +301,36 @@ class Arriving:
         for rid, ready in list(self._ready.items()):
             if ready.request.kv.holds_kv or id(ready.request) not in waiting:
                 del self._ready[rid]
-                if ready.lock is not None:
-                    self._tree.unlock(ready.lock)
-                if ready.tail is not None:
-                    self._allocator.free(ready.tail)
+                self._give_back(ready)
+
+    def _give_back(self, ready: _Ready) -> None:
+        self._unlock(ready.held)
+        self._give_back_tail(ready)
+
+    def _give_back_tail(self, ready: _Ready) -> None:
+        if ready.tail is not None:
+            self._allocator.free(ready.tail)
+            ready.tail = None
+
+    def _are_passed_over(self) -> bool:
+        """Whether requests are ready, nothing is computed, and nothing comes that would change it."""
+        return bool(self._ready) and not self._is_loading and internals.is_at_rest(self._scheduler)
+
+    def _give_way(self) -> None:
+        """What is kept for those that are ready is what SGLang lacks to let in the first in its queue.
+
+        They are held back again, all but one that is the first itself. Alone, that one gives back its partly filled
+        page, and computes what was in it: SGLang may let it generate as much as the pool holds without that page.
+        """
+        first = self._scheduler.waiting_queue[0]
+        behind = [rid for rid, ready in self._ready.items() if ready.request is not first]
+        for rid in behind:
+            ready = self._ready.pop(rid)
+            self._give_back(ready)
+            internals.take_back(self._scheduler, ready.request)
+            self._held.append(ready.held)
+        if not behind:
+            self._give_back_tail(self._ready[first.rid])
 
     def matched(self, request: Any, key_length: int, found: Any) -> Any:
         """What SGLang's prefix cache found for a request, and the partly filled page that is the request's own."""

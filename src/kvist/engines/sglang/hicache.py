@@ -167,11 +167,14 @@ class KvistHiCache(HiCacheStorage):
         return self.batch_set([key], [value])
 
     def clear(self) -> bool:
-        """Forget all pages of this layout, in the repository too: for every server that shares them."""
+        """Forget all pages of this layout, in the repository too: for every server that shares them.
+
+        Returns:
+            Whether none is left. If the store fails, this server forgets them, and others may find them still.
+        """
         self.chunks.flush()  # learns of what others have stored
         self.chunks.clear()
-        self.chunks.flush()
-        return len(self.chunks) == 0
+        return self.chunks.flush() and len(self.chunks) == 0
 
     # -- reading -------------------------------------------------------------------------------------------------
 

@@ -97,6 +97,8 @@ class HostPages:
                 f"{pool.layer_num - pool.target_layer_num} layers of a draft model in a host pool cannot be stored: "
                 "nothing pins that model"
             )
+        if pool.kv_buffer is None:  # of a rank that takes latent vectors from another one's host memory
+            raise UnsupportedModel("a host pool without memory of its own cannot be stored")
         if pool.dcp_size != 1:
             raise UnsupportedModel(f"pages shared by dcp_size {pool.dcp_size} cannot be stored: expected 1")
         width = pool.kv_cache_dim if attention == "mla" else 2 * pool.head_dim

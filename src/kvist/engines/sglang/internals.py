@@ -6,15 +6,13 @@ to a new one: read this file and `hooks`, run `make test-sglang`, and widen `VER
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
@@ -26,15 +24,14 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_disagg, get_exec, get_memory, get_model, get_parallel, get_serving
 
 import sglang
-from kvist.engines.sglang.settings import Settings
+from kvist.engines.paged import pinning
+from kvist.engines.sglang.settings import VARIABLE, Settings
 from kvist.errors import EngineError, UnsupportedModel
-from kvist.hashing.weights import revision
 from kvist.layout import Layout
 
 VERSIONS: Final = ("0.5.23",)
 
 _DTYPES: Final = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
 def release() -> str:
@@ -56,6 +53,7 @@ def check(scheduler: Any) -> None:
         "tensor parallelism": parallel.tp_size > 1,
         "pipeline parallelism": parallel.pp_size > 1,
         "data parallelism": parallel.num_dp_ranks > 1,
+        "--enable-pdmux": scheduler.enable_pdmux,
         "context parallelism": parallel.attn_cp_size > 1 or parallel.dcp_enabled,
         "prefill and decode on different servers": get_disagg().disaggregation_mode != "null",
         "speculative decoding": not scheduler.spec_algorithm.is_none(),
@@ -151,26 +149,11 @@ def layout_of(allocator: Any, model: str, pinned: str) -> Layout:
     )
 
 
-_revision = functools.cache(revision)
-
-
 def _pinned(scheduler: Any, directory: Path, given: str | None) -> str:
     """What decides the KV of given tokens: the weights, and what the command line changes about the model."""
-    model = get_model()
-    found = given
-    if found is None and directory.is_dir():
-        found = _revision(directory)
-    if found is None and _COMMIT.fullmatch(model.revision or ""):
-        found = model.revision
-    if found is None:
-        raise UnsupportedModel(
-            f"nothing pins the weights of {directory}: give a commit as `--revision`, or `revision` in KVIST_SGLANG"
-        )
-    overrides = scheduler.server_args.json_model_override_args
+    model, overrides = get_model(), scheduler.server_args.json_model_override_args
     changes = {"overrides": None if overrides in (None, "", "{}") else overrides, "quantization": model.quantization}
-    if any(changes.values()):
-        found += "+" + hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:16]
-    return str(found)
+    return pinning.pinned(directory, given=given, asked=model.revision, changes=changes, option=f"in {VARIABLE}")
 
 
 def numerics(scheduler: Any) -> dict[str, Any]:
@@ -224,6 +207,21 @@ def take(scheduler: Any, pages: int) -> torch.Tensor | None:
     return slots
 
 
+def room(scheduler: Any) -> int:
+    """Tokens that are free, or nobody holds, beyond what the requests that run are reckoned to want yet."""
+    held = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
+    ratio = scheduler.new_token_ratio_tracker.current
+    running = (each for each in requests(scheduler) if each.kv.holds_kv)
+    wanted = sum(to_come(each) * (1.0 if each.sampling_params.ignore_eos else ratio) for each in running)
+    return int(held - wanted)
+
+
+def to_come(request: Any) -> int:
+    """Tokens that a request may generate yet, as SGLang reckons before it lets it in."""
+    left = int(request.sampling_params.max_new_tokens) - len(request.output_ids)
+    return max(0, min(left, int(CLIP_MAX_NEW_TOKENS)))
+
+
 def key(token_ids: Sequence[int], extra_key: str | None, salt: str | None) -> Any:
     """Token ids as the prefix cache knows them."""
     return RadixKey(array("q", token_ids), extra_key=extra_key, cache_salt=salt)
@@ -263,6 +261,20 @@ def synchronize(device: torch.device | str) -> None:
 # -- requests ------------------------------------------------------------------------------------------------------
 
 
+def is_at_rest(scheduler: Any) -> bool:
+    """Whether nothing is computed, though SGLang is not paused."""
+    batches = (scheduler.running_batch, scheduler.last_batch)
+    is_computing = scheduler.chunked_req is not None or any(
+        batch is not None and not batch.is_empty() for batch in batches
+    )
+    return not is_computing and not scheduler._engine_paused
+
+
+def take_back(scheduler: Any, request: Any) -> None:
+    """Take a request that waits out of SGLang's queue."""
+    scheduler.waiting_queue = [each for each in scheduler.waiting_queue if each is not request]
+
+
 def requests(scheduler: Any) -> Iterator[Any]:
     """Every request that SGLang runs or lets wait, each once."""
     batches = (scheduler.running_batch, scheduler.last_batch)
@@ -275,8 +287,14 @@ def requests(scheduler: Any) -> Iterator[Any]:
             yield request
 
 
+def is_refused(request: Any) -> bool:
+    """Whether SGLang put one token in place of a request's own, to end it with an error by one cheap step."""
+    why = request.finished_reason or request.to_finish
+    return getattr(why, "err_type", None) is not None
+
+
 def is_plain(request: Any) -> bool:
-    """Whether a request is text alone: what it computes follows from its token ids."""
+    """Whether a request is one sequence of text alone: what it computes follows from its token ids."""
     return (
         request.multimodal_inputs is None
         and request.input_embeds is None
@@ -284,7 +302,9 @@ def is_plain(request: Any) -> bool:
         and request.token_type_ids is None
         and request.session is None
         and request.lora_id is None
+        and request.beam_group is None  # its tokens are elsewhere, and its pages change owners
         and not request.is_prefill_only
+        and not is_refused(request)
     )
 
 

@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from kvist.engines.paged import requests
 
-_SUFFIX: Final = re.compile(r"-[0-9a-f]{8}(?:_\d+)?\Z")
-_CHOICE: Final = re.compile(r"_[0-9a-f]{8}\Z")
+_SUFFIX: Final = re.compile(r"~[0-9a-f]{8}(?:_\d+)?\Z")
+_CHOICE: Final = re.compile(r"\+[0-9a-f]{8}\Z")
+"""After signs that clients hardly use: an id of their own like "job-20251122" is all name."""
 _SAMPLING: Final = {
     "seed": "sampling_seed",
     "temperature": "temperature",
@@ -70,9 +71,14 @@ def wanted(request: Any) -> tuple[str, str] | None:
     return (cid, sequence) if isinstance(cid, str) and isinstance(sequence, str) else None
 
 
+def called(name: str) -> str:
+    """An id for a request that its client calls ``name``: no two are equal, and none begins as another."""
+    return f"{name}~{secrets.token_hex(4)}"
+
+
 def choice(rid: str) -> str:
     """The id of one of the samples that a request asks for: SGLang runs each as a request of its own."""
-    return f"{whole(rid)}_{secrets.token_hex(4)}"
+    return f"{whole(rid)}+{secrets.token_hex(4)}"
 
 
 def whole(rid: str) -> str:
@@ -87,7 +93,7 @@ def name(rid: str) -> str:
 
 def is_called(rid: str, wanted: str) -> bool:
     """Whether a client that says ``wanted`` means this request: by its answer's id, or its X-Request-Id."""
-    return whole(wanted) == whole(rid) or requests.is_called(name(rid), wanted)
+    return whole(wanted) == whole(rid) or wanted == name(rid)
 
 
 def state(request: Any, *, finished: bool, deterministic: bool) -> dict[str, Any]:

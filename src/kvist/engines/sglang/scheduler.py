@@ -36,6 +36,8 @@ log = logging.getLogger("kvist.sglang")
 FINISHED_MAX: Final = 1024
 """Finished requests that can still be snapshotted, and whose pages a snapshot of everything holds, while in place."""
 _MOMENT: Final = 0.0005
+_PATIENCE: Final = 0.25
+"""Seconds that SGLang may stand still to hear which pages the store has already; then all are copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class SchedulerSide:
         self._spoilt = why
         self._checkouts.clear()
         self._finished.clear()
+        self.arriving.let_go(lambda rid: True)
 
     def forget(self) -> None:
         """The prefix cache was emptied: what had ended is nowhere any more."""
@@ -176,10 +179,12 @@ class SchedulerSide:
 
         It stands still as it does under its own ``/pause_generation`` in place, for as long as this takes.
         """
-        captures = self._mover.captures
+        captures, began = self._mover.captures, time.monotonic()
         captures.begin(plan)
         while (copied := captures.copy(plan.id, ()))["left"]:
             if copied["busy"]:
+                if time.monotonic() - began > _PATIENCE:
+                    captures.hurry(plan.id)
                 time.sleep(_MOMENT)
 
     def gone(self, capture: str) -> list[tuple[int, int]]:

@@ -7,10 +7,7 @@ test-vllm`, and widen `VERSIONS`.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +19,8 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 import vllm
+from kvist.engines.paged import pinning
 from kvist.errors import EngineError, UnsupportedModel
-from kvist.hashing.weights import revision
 from kvist.layout import Layout
 
 VERSIONS: Final = ((0, 28), (0, 33))
@@ -32,7 +29,6 @@ GROUPS_FROM: Final = (0, 30)
 """From here on a load of several KV cache groups can be reported as failed."""
 
 _DTYPES: Final = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SPECS: Final = (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec)
 
 
@@ -133,9 +129,6 @@ def layouts(vllm_config: Any, kv_cache_config: Any, rank: int, *, is_pinned: boo
     return found
 
 
-_revision = functools.cache(revision)
-
-
 def _pinned(vllm_config: Any) -> str:
     """What decides the KV of given tokens: the weights, and what the command line changes about the model."""
     given = vllm_config.kv_transfer_config.kv_connector_extra_config.get("revision")
@@ -149,19 +142,8 @@ def pinned(vllm_config: Any, directory: Path, given: str | None = None) -> str:
         UnsupportedModel: nothing says which weights they are.
     """
     config = vllm_config.model_config
-    found = given
-    if found is None and directory.is_dir():
-        found = _revision(directory)
-    if found is None and _COMMIT.fullmatch(config.revision or ""):
-        found = config.revision
-    if found is None:
-        raise UnsupportedModel(
-            f"nothing pins the weights of {directory}: give a commit as `--revision`, or `revision` to the connector"
-        )
     changes = {"hf_overrides": config.hf_overrides or None, "quantization": config.quantization}
-    if any(changes.values()):
-        found += "+" + hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:16]
-    return str(found)
+    return pinning.pinned(directory, given=given, asked=config.revision, changes=changes, option="to the connector")
 
 
 def _memory_order(spec: Any) -> str:

@@ -138,10 +138,10 @@ def _in_worker(worker: Any, method: str, args: tuple[Any, ...]) -> Any:
 
 def _cartridge_stats(core: Any) -> dict[str, Any]:
     """Of the other connector, which may be there alone."""
-    answers = core.model_executor.collective_rpc(_cartridge_stats_of)
-    if None in answers:
+    found = core.model_executor.collective_rpc(_cartridge_stats_of)
+    if None in found:
         raise EngineError("this server has no CartridgeConnector", hint="see docs/guides/cartridges.md")
-    return {"ranks": list(answers)}
+    return {"ranks": list(found)}
 
 
 def _cartridge_stats_of(worker: Any) -> dict[str, Any] | None:

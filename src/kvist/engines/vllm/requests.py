@@ -1,4 +1,4 @@
-"""What a request says of itself: its name, how it samples, and what of that can go on from a snapshot.
+"""What a request says of itself: how it samples, and what of that can go on from a snapshot.
 
 Knows vLLM's sampling parameters by their names. Must not know blocks or schedules.
 """
@@ -6,15 +6,12 @@ Knows vLLM's sampling parameters by their names. Must not know blocks or schedul
 from __future__ import annotations
 
 import base64
-import re
 from typing import Any, Final
 
-from kvist.engines.paged import requests as naming
 from kvist.engines.paged.matching import Stored
 from kvist.engines.vllm.cartridges.placing import Standing
 from kvist.engines.vllm.messages import Start
 
-_SUFFIX: Final = re.compile(r"-[0-9a-f]{8}\Z")
 _SAMPLING: Final = (
     *("seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("min_tokens", "max_tokens", "stop", "stop_token_ids", "ignore_eos"),
@@ -72,13 +69,3 @@ def sampling(params: Any) -> dict[str, Any]:
         for name, value in found.items()
         if value is not None
     }
-
-
-def sequence_id(request_id: str) -> str:
-    """What a snapshot calls a request's sequence: vLLM's id without the part that it draws."""
-    return naming.sequence_id(_SUFFIX.sub("", request_id))
-
-
-def is_called(request_id: str, wanted: str) -> bool:
-    """Whether a client that says ``wanted`` means this request: its id, the answer's, or its X-Request-Id."""
-    return wanted == request_id or naming.is_called(_SUFFIX.sub("", request_id), wanted)

@@ -18,7 +18,7 @@ from kvist.engines.paged.index import PrefixIndex
 from kvist.engines.paged.matching import Checkout, Stored, blocks_of, chain_tokens, starts_with, window_of
 from kvist.engines.paged.plans import CapturePlan, Load, Place, SequencePlan
 from kvist.engines.paged.requests import digest
-from kvist.engines.vllm import internals, requests
+from kvist.engines.vllm import internals, names, requests
 from kvist.engines.vllm.cartridges.placing import salt_of
 from kvist.engines.vllm.holding import Holding, Places
 from kvist.engines.vllm.internals import Blocks
@@ -121,13 +121,16 @@ class SchedulerSide:
 
     def _named(self, request: Any, wanted: dict[str, Any]) -> Match | None:
         """The sequence that the request names, if it came with its salt; the API process has checked that it fits."""
-        found = self._checkouts.named(wanted["snapshot"], wanted.get("sequence"))
-        if found is not None:
-            checkout, stored = found
-            if _is_under(stored, request.cache_salt) and starts_with(request.prompt_token_ids, stored):
-                return Match(checkout, stored.cached, stored, list(request.block_hashes))
-        log.warning("request %s names a sequence that it cannot continue; it is computed", request.request_id)
-        return None
+
+        def fits(stored: Stored) -> bool:
+            return _is_under(stored, request.cache_salt) and starts_with(request.prompt_token_ids, stored)
+
+        found = self._checkouts.named(wanted["snapshot"], wanted.get("sequence"), fits)
+        if found is None:
+            log.warning("request %s names a sequence that it cannot continue; it is computed", request.request_id)
+            return None
+        checkout, stored = found
+        return Match(checkout, stored.cached, stored, list(request.block_hashes))
 
     def _best(self, request: Any) -> Match | None:
         """The longest of what the prefix cache, the snapshots and the durable prefix cache have for a request."""
@@ -342,11 +345,11 @@ class SchedulerSide:
         assert self._holding is not None
         live = [request for request in self._live.values() if internals.is_plain(request)]
         if wanted is not None:
-            live = [request for request in live if requests.is_called(request.request_id, wanted)]
+            live = [request for request in live if names.is_called(request.request_id, wanted)]
         places: Places = {}
         sequences = [self._running(request, places) for request in live]
         if wanted is not None and not live:
-            sequences = self._holding.ended(lambda name: requests.is_called(name, wanted), places)
+            sequences = self._holding.ended(lambda name: names.is_called(name, wanted), places)
             if not sequences:
                 raise NotFound(f"no live or recently finished request {wanted!r}", hint="name it by X-Request-Id")
         return self._holding.capture(sequences, places, self._cached(places) if wanted is None else ())
@@ -371,8 +374,7 @@ class SchedulerSide:
     def draws(self, wanted: str | None) -> bool:
         """Whether a capture would hold a live sequence that draws with a generator."""
         return any(
-            requests.draws(request.sampling_params)
-            and (wanted is None or requests.is_called(request.request_id, wanted))
+            requests.draws(request.sampling_params) and (wanted is None or names.is_called(request.request_id, wanted))
             for request in self._live.values()
         )
 
@@ -406,7 +408,7 @@ class SchedulerSide:
         if not_carried:
             state["not_carried"] = not_carried
         return SequencePlan(
-            requests.sequence_id(request.request_id),
+            names.sequence_id(request.request_id),
             request.request_id,
             list(request.all_token_ids),
             cached,

@@ -44,6 +44,12 @@ class Engine(Protocol):
             InvalidInput: something else, which must not count as nothing.
         """
 
+    def request_of(self, sequence: str) -> str:
+        """The name of the request of which a sequence is one choice; its own name: of none.
+
+        A name that tells apart twice, by choice and by prompt, loses one of the two a call.
+        """
+
     async def call(self, op: str, payload: Mapping[str, Any]) -> Mapping[str, Any]:
         """The answer of `kvist.engines.paged.answers` to one call; errors come back in it.
 

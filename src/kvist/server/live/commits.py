@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,8 +15,6 @@ from kvist.server.schema import SnapshotBody
 
 _COMMITS: Final = 5
 """Times to commit, where others move the branch meanwhile."""
-_CHOICE: Final = re.compile(r"^\d+_|-\d+$")
-"""What tells the choices of one request apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +43,7 @@ class Commit:
         captured: what is stored by now.
         wanted: the branch that the call names, or ``None``: ``main`` for a whole engine, else the request's own.
         engine_heads: what the whole engine continues: all that is checked out.
+        request_of: see `kvist.server.live.client.Engine`.
     """
 
     repo: Repository
@@ -53,6 +52,7 @@ class Commit:
     captured: Captured
     wanted: str | None
     engine_heads: list[str]
+    request_of: Callable[[str], str]
 
     def run(self) -> Committed:
         """Commit, where the branch is by now.
@@ -69,7 +69,7 @@ class Commit:
         groups = parts_of_rank(manifests, 0)
         names = [seq.id for seq in groups[0].sequences]
         is_whole = body.request_id is None and body.sequence is None
-        branch = self.wanted if self.wanted is not None else "main" if is_whole else f"seq/{_common(names)}"
+        branch = self.wanted if self.wanted is not None else "main" if is_whole else f"seq/{self._common(names)}"
         heads = self.engine_heads if is_whole else [self._head(name) for name in names]
         for attempt in range(_COMMITS):
             parents = self.heads.parents(heads, branch, body.parents)
@@ -85,11 +85,10 @@ class Commit:
     def _head(self, sequence_id: str) -> str | None:
         """HEAD of a sequence, or of the request of which it is one choice."""
         found = self.heads.of(sequence_id)
-        while found is None and (less := _CHOICE.sub("", sequence_id, count=1)) != sequence_id:
+        while found is None and (less := self.request_of(sequence_id)) != sequence_id:
             found, sequence_id = self.heads.of(less), less
         return found
 
-
-def _common(names: list[str]) -> str:
-    """The name of a request, of which these are the choices."""
-    return names[0] if len(names) == 1 else _CHOICE.sub("", names[0], count=1) if names else "none"
+    def _common(self, names: list[str]) -> str:
+        """The name of a request, of which these are the choices."""
+        return names[0] if len(names) == 1 else self.request_of(names[0]) if names else "none"

@@ -205,7 +205,7 @@ class Snapshots:
                 await self._run(lambda: heads.parents([], wanted, body.parents))
         captured = await core.capture(request_id)
         async with self._commits:
-            commit = Commit(repo, heads, body, captured, wanted, list(self._engine_heads))
+            commit = Commit(repo, heads, body, captured, wanted, list(self._engine_heads), core.engine.request_of)
             done = await self._run(commit.run)
             heads.set([seq.id for seq in done.groups[0].sequences], done.snapshot.cid)
             if request_id is None:

@@ -38,6 +38,10 @@ class SglangEngine:
         found: str | None = getattr(self._settings, name)
         return found
 
+    def request_of(self, sequence: str) -> str:
+        """The same: of a request's samples, the first is called as the request is."""
+        return sequence
+
     async def call(self, op: str, payload: Mapping[str, Any]) -> Mapping[str, Any]:
         """The scheduler's answer to one call; a scheduler that died takes this process with it."""
         number = next(self._numbers)

@@ -7,13 +7,13 @@ request whose id begins as the one that is to be aborted, and refuses a name tha
 from __future__ import annotations
 
 import json
-import secrets
 from typing import Final
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kvist.engines.sglang.requests import called
 from kvist.errors import KvistError
 from kvist.server.access import path_of
 from kvist.server.errors import error_response
@@ -55,4 +55,4 @@ def _named(data: bytes, name: str) -> bytes:
         return data
     if not isinstance(body, dict) or body.get("rid") is not None:
         return data
-    return json.dumps({**body, "rid": f"{name}-{secrets.token_hex(4)}"}).encode()
+    return json.dumps({**body, "rid": called(name)}).encode()

@@ -39,6 +39,11 @@ def register() -> None:
         raise SystemExit(f"kvist: {error}") from error
 
 
+def listening(args: Any) -> Listening:
+    """Where a server of these arguments listens. A key for admins does not count: alone, it keeps nobody from ours."""
+    return Listening(args.host, False, bool(args.api_key))
+
+
 def serve(app: Any, manager: Any) -> None:
     """Add routes and middleware to SGLang's FastAPI application, before it listens.
 
@@ -50,9 +55,7 @@ def serve(app: Any, manager: Any) -> None:
     settings = from_environment()
     assert settings is not None
     door, snapshots, args = Door(SGLANG), Snapshots(), manager.server_args
-    door.configure(
-        settings.tokens or os.environ.get(TOKENS), Listening(args.host, False, bool(args.api_key or args.admin_api_key))
-    )
+    door.configure(settings.tokens or os.environ.get(TOKENS), listening(args))
     if door.refusal is not None:
         log.warning("%s", door.refusal)
     snapshots.attach(SglangEngine(manager, settings))

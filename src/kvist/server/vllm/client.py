@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from kvist.engines.vllm import names
 from kvist.errors import EngineError, InvalidInput
 from kvist.server.errors import NoConnector
 
@@ -80,6 +81,10 @@ class VllmEngine:
         if found is not None and (not isinstance(found, str) or not found):
             raise InvalidInput(f"kv_connector_extra_config: {name} is text, got {found!r:.80}")
         return found
+
+    def request_of(self, sequence: str) -> str:
+        """See `names.request_of`."""
+        return names.request_of(sequence)
 
     async def call(self, op: str, payload: Mapping[str, Any]) -> Mapping[str, Any]:
         """The engine core's answer to one call.

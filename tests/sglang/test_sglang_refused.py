@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sglang_servers import needs_server, serve
 
-from conftest import needs_server, serve
 from kvist.errors import EngineError
 from kvist.testing.models import make_shape
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx2
 import pytest
 from msgspec import structs
+from sglang_servers import PYTHON, SHIMS, needs_server
 
-from conftest import PYTHON, SHIMS, needs_server
 from kvist.engines.sglang.settings import Settings
 from kvist.testing.models import make_shape
 from kvist.testing.processes import free_port, kill_tree
