@@ -322,6 +322,7 @@ def test_alone_it_gives_back_its_partly_filled_page() -> None:
     engine.mover.bring()
     engine.arriving.advance()
     assert engine.room() == engine.free - 3 * SIZE
+    assert engine.arriving.contents == {"a" * 8}, "it may have to be loaded again"
     for _ in range(3):
         engine.arriving.advance()
     assert engine.room() == engine.free - 2 * SIZE

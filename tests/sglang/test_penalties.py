@@ -80,4 +80,6 @@ def test_nothing_to_count() -> None:
     plain = SamplingParams(temperature=0.5)
     assert not counts(plain)
     held = batch(plain, plain, plain)
-    count_before(penaltylib.BatchedPenalizerOrchestrator(VOCABULARY, held, KINDS), BEFORE)
+    orchestrator = penaltylib.BatchedPenalizerOrchestrator(VOCABULARY, held, KINDS)
+    count_before(orchestrator, BEFORE)
+    assert torch.equal(logits_of(orchestrator), torch.linspace(-3, 3, VOCABULARY).repeat(3, 1))

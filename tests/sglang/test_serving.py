@@ -152,7 +152,7 @@ def test_in_a_chat(pasts: dict[str, Past], fresh: SglangServer) -> None:
 
 
 def test_a_salt_keeps_apart(pasts: dict[str, Past], fresh: SglangServer) -> None:
-    """What was made without one is not told to those who bring one; nor what is loaded to those who do not go on."""
+    """What was made without one is not told to those who bring one; who begins as it goes on from its whole pages."""
     before = pasts["seeded"]
     check_out(fresh, before)
     got = fresh.complete(before.token_ids, max_tokens=3, cache_salt="another", **SEEDED)

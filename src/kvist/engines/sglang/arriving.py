@@ -115,8 +115,9 @@ class Arriving:
 
     @property
     def contents(self) -> set[str]:
-        """Contents of the snapshots that they wait for."""
-        return {held.match.checkout.content for held in self._held}
+        """Contents of the snapshots that they wait for, or may have to wait for again."""
+        held_before = (ready.held for ready in self._ready.values())
+        return {held.match.checkout.content for held in (*self._held, *held_before)}
 
     @property
     def is_busy(self) -> bool:
