@@ -77,7 +77,7 @@ def test_calls_that_fail_at_random_give_a_miss_or_the_page(
     assert 0 < read_ones < 100
 
 
-@pytest.mark.parametrize(("make", "tp_rank", "tp_size"), [(mha, 0, 1), (mla, 0, 1), (mha, 1, 4), (mla, 3, 8)], ids=str)
+@pytest.mark.parametrize(("make", "tp_rank", "tp_size"), [(mha, 0, 1), (mla, 0, 1), (mha, 1, 4), (mla, 3, 8)])
 def test_batches_as_the_tests_of_its_backends_ask(
     factory: Any, url: str, close: list[Any], make: Any, tp_rank: int, tp_size: int
 ) -> None:
