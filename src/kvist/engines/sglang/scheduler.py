@@ -210,6 +210,7 @@ class SchedulerSide:
             self._generations.of(pages),
             requests.state(request, finished=True, deterministic=internals.is_deterministic()),
         )
+        self._finished.move_to_end(request.rid)  # an id may come again
         while len(self._finished) > FINISHED_MAX:
             self._finished.popitem(last=False)
 
