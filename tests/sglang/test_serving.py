@@ -120,7 +120,8 @@ def test_goes_on_bit_for_bit(name: str, pasts: dict[str, Past], fresh: SglangSer
     before = pasts[name]
     check_out(fresh, before)
     got = go_on(fresh, before, 120)
-    assert_same(got.steps[:40], before.next_steps(40))
+    count = min(40, len(before.whole.steps) - before.sampled)  # one of them ends by itself
+    assert_same(got.steps[:count], before.next_steps(count))
     assert got.cached_tokens == before.tokens - 1
 
 

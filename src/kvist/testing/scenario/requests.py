@@ -111,9 +111,12 @@ def interrupt(server: LiveServer, case: Case, *, first: int = FIRST, total: int 
         stream = server.stream(case.prompt, name=case.name, max_tokens=total, **case.params)
         stream.wait(first)
         past = finish(server, case, stream)
-        if past.sampled + MORE <= total or past.whole.finish_reason != "length":
+        if past.whole.finish_reason == "length":
+            if past.sampled + MORE <= total:
+                return past
+            total *= 2
+        elif past.sampled < len(past.whole.steps):  # it ended by itself, after the snapshot
             return past
-        total *= 2
 
 
 def interrupt_twice(server: LiveServer, case: Case, *, total: int = TOTAL) -> tuple[Past, Past]:
